@@ -1,0 +1,494 @@
+"""Settings of every stage: typed, validated, unknown keys are errors. Recipes are TOML files of the same shape.
+
+A recipe holds the sections below plus, under `[stage.NAME]`, the same sections again with what differs in that stage
+(`[stage.finetune.train]`). Settings of a stage are: defaults, then the recipe it `extends`, then the recipe, then its
+stage table, then `--set section.field=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffmae_video.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Stage = Literal["pretrain", "finetune", "evaluate", "render"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class TeacherSettings(Section):
+    """A frozen network whose token features a second decoder predicts (DiffMAE's CLIP target)."""
+
+    source: Literal["timm", "open_clip", "local"] = "timm"
+    """Where the teacher comes from."""
+    name: str = "vit_base_patch16_clip_224.openai"
+    """timm or open_clip model name, or, for `local`, `package.module:callable` that returns the module."""
+    checkpoint: str | None = None
+    """Local weights; without it the library's own pretrained weights are loaded."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the feature loss beside the pixel loss."""
+    depth: Positive = 4
+    """Blocks of the feature decoder."""
+
+
+class ModelSettings(Section):
+    """Encoder, decoder, objective and target (DESIGN of the paper: sections 3 and 4)."""
+
+    preset: Literal["nano", "tiny", "small", "base", "large", "huge"] = "small"
+    """Encoder size; `width`, `depth` and `heads` override single numbers of it."""
+    width: Positive | None = None
+    """Encoder width D."""
+    depth: Positive | None = None
+    """Encoder blocks."""
+    heads: Positive | None = None
+    """Encoder attention heads."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLP over its input width."""
+    frames: Positive = 16
+    """Frames T of a clip; 1 for images (an image is repeated to fill one tubelet)."""
+    size: tuple[Positive, Positive] = (224, 224)
+    """Height H and width W of a clip, pixels."""
+    tubelet: Positive = 2
+    """Frames t in one patch."""
+    patch: Positive = 16
+    """Pixels p on a side of one patch."""
+    class_token: bool = False
+    """Prepend a learned class token in the encoder."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Separable position embeddings: fixed sine-cosine, or learned (imported weights)."""
+    qkv_bias: bool = True
+    """Biases on query, key and value projections."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of every LayerNorm; imports carry their own."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth of the last block, rising linearly from 0."""
+    decoder: Literal["joint", "cross_self", "cross"] = "cross_self"
+    """Decoder kind (paper, Figure 3)."""
+    decoder_depth: Positive = 4
+    """Decoder blocks (the field's habit: 4 for video, 8 for images)."""
+    decoder_width: Positive = 512
+    """Decoder width E."""
+    decoder_heads: Positive = 8
+    """Decoder attention heads; never inferred from shapes."""
+    links: Literal["even", "last"] = "even"
+    """Which encoder blocks feed the cross decoders: spread evenly, top-down, or only the last."""
+    timestep: Literal["add", "adaln", "none"] = "add"
+    """How the diffusion step reaches the decoder; it never reaches the encoder."""
+    objective: Literal["diffmae", "mae", "ddpm"] = "diffmae"
+    """`mae`: a learned mask token and no timestep; `ddpm`: nothing visible, everything noised."""
+    target: Literal["pixel", "norm_pixel", "noise", "velocity"] = "pixel"
+    """What the decoder predicts on masked patches."""
+    loss_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the masked tokens that the cross decoder predicts in a training step."""
+    pixel_norm: Literal["symmetric", "imagenet", "kinetics"] = "symmetric"
+    """Pixel scaling of the diffused variable: [-1, 1], ImageNet mean/std, or 0.45/0.225."""
+    teacher: TeacherSettings | None = None
+    """Second decoder on frozen features; absent by default."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSettings:
+        if self.frames != 1 and self.frames % self.tubelet:
+            raise ValueError(f"frames = {self.frames} must be 1 or a multiple of tubelet = {self.tubelet}")
+        if self.size[0] % self.patch or self.size[1] % self.patch:
+            raise ValueError(f"size = {list(self.size)} must be multiples of patch = {self.patch}")
+        if self.loss_tokens < 1 and self.decoder != "cross":
+            raise ValueError("loss_tokens below 1 needs decoder = 'cross': the others let masked tokens see each other")
+        return self
+
+
+class DiffusionSettings(Section):
+    """The noise process on masked patches."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Base variances: linear 1e-4..0.02 (DDPM) or cosine."""
+    timesteps: Positive = 1000
+    """Diffusion steps of training."""
+    rho: Annotated[float, Field(gt=0)] = 0.8
+    """Exponent of every beta; below 1 amplifies the noise (paper, section 3)."""
+
+
+class MaskSettings(Section):
+    """What is hidden from the encoder in training."""
+
+    kind: Literal["random", "tube", "block", "center", "frames", "future"] = "random"
+    """Masker; see diffmae_video.masking."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Fraction of the tokens that is masked."""
+
+
+class SourceSettings(Section):
+    """One source of a joint mix of images and clips."""
+
+    path: str
+    """Folder or URL of shards with a manifest.json."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the batches drawn from this source, before normalisation."""
+    batch_size: Positive | None = None
+    """Samples a batch over all processes; `train.batch_size` by default."""
+    frames: Positive | None = None
+    """Frames of a clip from this source; 1 for images. `model.frames` by default."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width from this source; `model.size` by default."""
+    repeats: Positive | None = None
+    """Clips per decoded video; `data.repeats` by default."""
+    mask: MaskSettings | None = None
+    """Mask of this source; the recipe's `mask` by default."""
+
+
+class DataSettings(Section):
+    """Where samples come from and what happens to a clip on its way to the model."""
+
+    path: str | None = None
+    """Folder or URL of shards with a manifest.json; without it, the newest the workspace knows."""
+    sources: tuple[SourceSettings, ...] = ()
+    """Several weighted sources (`--joint`); empty for a single one."""
+    split: str = "train"
+    """Split to train on."""
+    eval_split: str = "val"
+    """Split to validate and evaluate on."""
+    stride: Positive = 4
+    """Distance between the frames of a clip, in frames of the stored video."""
+    repeats: Positive = 1
+    """Clips taken from each decoded video (MAE-ST, repeated sampling)."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per training process; 0 decodes in the training process."""
+    prefetch: Positive = 2
+    """Batches each worker keeps ready."""
+    shuffle_block: Positive = 16
+    """Shards that are shuffled together."""
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the labelled samples of each class that is used (chosen by seed; the same for every model)."""
+    crop: Literal["random_resized", "multi_scale", "random", "center"] = "random_resized"
+    """Spatial crop in training; the same for all frames of a clip."""
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    """Area of the random resized crop, as a fraction of the frame."""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio (width / height) of the random resized crop."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip; data sets with directional labels force 0."""
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    rand_augment: str | None = None
+    """RandAugment in timm's notation, e.g. `rand-m7-n4-mstd0.5-inc1`; the same operations for all frames."""
+    erasing: Fraction = 0.0
+    """Probability of random erasing."""
+    max_bad_fraction: Fraction = 0.05
+    """Unreadable samples above this fraction of those seen end the run with an error."""
+    cache_dir: str | None = None
+    """Where remote shards are kept; the user's cache folder by default."""
+    cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    """Bound of that cache, GiB."""
+
+
+class TrainSettings(Section):
+    """Optimisation, shared by pre-training and fine-tuning."""
+
+    epochs: Annotated[float, Field(gt=0)] = 100.0
+    """Passes over the videos of the split; each counts `data.repeats` clips a video."""
+    steps: Positive | None = None
+    """Optimizer steps; overrides `epochs`."""
+    batch_size: Positive = 64
+    """Clips per optimizer step over all processes, accumulation and repeats included."""
+    accumulate: Positive = 1
+    """Micro-batches per optimizer step."""
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    """Learning rate per 256 clips: lr = base_lr * batch_size / 256."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    """Linear warm-up, in epochs (cut to a tenth of the run where it is longer than that)."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """AdamW weight decay; none on norms, biases, positions and tokens."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate per layer below the head."""
+    clip_grad: Annotated[float, Field(ge=0)] = 0.0
+    """Bound on the gradient norm; 0 measures it without clipping."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of the forward pass."""
+    compile: bool = False
+    """Run the training step through torch.compile."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass to save memory."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights per step; 0 keeps none."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the model."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Non-finite steps that may be skipped before the run stops."""
+    checkpoint_every: Positive = 1000
+    """Optimizer steps between checkpoints."""
+    keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 for none."""
+    log_every: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    picture_every: Annotated[int, Field(ge=0)] = 500
+    """Optimizer steps between pictures of validation clips; 0 for none."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between validations (loss or accuracy); 0 validates at the end only."""
+    wandb: bool = False
+    """Also log to Weights & Biases (extra `wandb`)."""
+
+
+class FinetuneSettings(Section):
+    """The classifier on top of the encoder."""
+
+    protocol: Literal["finetune", "linear", "attentive", "knn"] = "finetune"
+    """Train everything, or probe frozen features."""
+    pool: Literal["mean", "class", "attentive"] = "mean"
+    """How tokens become one vector."""
+    dropout: Fraction = 0.0
+    """Dropout before the head."""
+    drop_path: Fraction = 0.1
+    """Stochastic depth while fine-tuning."""
+    head_init: Annotated[float, Field(gt=0)] = 2e-5
+    """Standard deviation of the head's initial weights."""
+    freeze: Annotated[int, Field(ge=0)] = 0
+    """Embedding and this many first blocks stay as they are."""
+    smoothing: Fraction = 0.1
+    """Label smoothing."""
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    """Mixup alpha; 0 for none."""
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    """CutMix alpha; 0 for none."""
+    knn: Positive = 20
+    """Neighbours of the kNN probe."""
+
+
+class EvaluateSettings(Section):
+    """Multi-view testing."""
+
+    views: str | None = None
+    """Temporal x spatial views, e.g. `5x3`, or several: `1x1,5x3`; the data set's default without it."""
+    batch_views: Positive = 16
+    """Views per forward pass."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamples of the confidence interval."""
+    masks: tuple[str, ...] = ("random:0.75", "tube:0.75", "center")
+    """Masks of the inpainting evaluation."""
+
+
+class RenderSettings(Section):
+    """Sampling and what is written of it."""
+
+    mask: str = "random:0.75"
+    """`KIND[:VALUE]`, a box, or a file; see `diffmae render-inpaint --help`."""
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    """Sampler."""
+    steps: Positive = 50
+    """Denoising steps."""
+    eta: Fraction = 0.0
+    """DDIM's stochasticity: 0 deterministic, 1 like DDPM."""
+    samples: Positive = 1
+    """Samples per clip."""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of a window that repeats the end of the window before it."""
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Context around a small mask, as a share of its size."""
+    feather: Annotated[int, Field(ge=0)] = 2
+    """Pixels inside the mask over which the result fades in."""
+    stride: Positive | None = None
+    """Distance between the frames of a window; the model's own by default."""
+    codec: Literal["h264", "ffv1", "gif", "png"] = "h264"
+    """Output format."""
+    crf: Annotated[int, Field(ge=0, le=51)] = 17
+    """H.264 quality; lower is better."""
+
+
+class Settings(Section):
+    """Everything a stage needs, saved as config.toml beside what it makes."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of every random draw."""
+    model: ModelSettings = ModelSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    mask: MaskSettings = MaskSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    render: RenderSettings = RenderSettings()
+
+
+class Recipe(BaseModel):
+    """A TOML file under manifests/recipes, or a user's own."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    summary: str
+    extends: str | None = None
+    tables: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes, sorted."""
+    folder = resources.files("diffmae_video.manifests") / "recipes"
+    return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_recipe(name_or_path: str) -> Recipe:
+    """Read a built-in recipe by name, or any TOML file by path.
+
+    Raises:
+        UsageError: there is no such recipe, or the file is not a recipe.
+    """
+    if name_or_path.endswith(".toml") or os.sep in name_or_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UsageError(
+                f"--recipe {name_or_path}: there is no such file; `diffmae recipes` lists the built-in ones."
+            )
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    elif name_or_path in recipe_names():
+        text = (resources.files("diffmae_video.manifests") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
+        name = name_or_path
+    else:
+        hint = _nearest(name_or_path, recipe_names())
+        raise UsageError(f"--recipe {name_or_path}: no such recipe{hint}; `diffmae recipes` lists them.")
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"Recipe {name_or_path} is not valid TOML ({error}); correct that line.") from error
+    stages = tables.pop("stage", {})
+    unknown = [stage for stage in stages if stage not in Stage.__args__]
+    if unknown:
+        known = ", ".join(Stage.__args__)
+        raise UsageError(f"Recipe {name_or_path} has [stage.{unknown[0]}], which is not one of {known}; rename it.")
+    summary, extends = tables.pop("summary", ""), tables.pop("extends", None)
+    return Recipe(name=name, summary=summary, extends=extends, tables=tables, stages=stages)
+
+
+def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Resolve the settings of a stage: defaults, recipe chain, stage table, then `section.field=value` overrides.
+
+    Args:
+        recipe: name or path; None for the defaults.
+        stage: whose `[stage.NAME]` table applies.
+        overrides: texts such as `train.base_lr=3e-4`; values are TOML, bare words are strings.
+
+    Raises:
+        UsageError: an unknown recipe, key or value, named with the nearest valid key.
+    """
+    tables: dict[str, Any] = {}
+    origin = f"recipe {recipe}"
+    if recipe:
+        chain: list[Recipe] = []
+        name: str | None = recipe
+        while name:
+            if any(name == seen.name for seen in chain):
+                raise UsageError(f"Recipe {recipe} extends itself through {name}; break the circle.")
+            chain.append(read_recipe(name))
+            name = chain[-1].extends
+        for part in reversed(chain):
+            _merge(tables, part.tables)
+            _merge(tables, part.stages.get(stage, {}))
+    for text in overrides:
+        _merge(tables, _parse_override(text))
+        origin = "--set" if not recipe else f"recipe {recipe} with --set"
+    return validate_settings(tables, origin)
+
+
+def validate_settings(tables: dict[str, Any], origin: str) -> Settings:
+    """Build Settings from nested tables; errors are one sentence that names the key and the nearest valid one."""
+    try:
+        return Settings.model_validate(tables)
+    except ValidationError as error:
+        raise UsageError(_explain(error, origin)) from error
+
+
+def read_settings(path: Path) -> Settings:
+    """Read the resolved settings that a run saved (config.toml)."""
+    try:
+        return validate_settings(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as settings ({error}); give the folder of a run.") from error
+
+
+def settings_toml(settings: BaseModel) -> str:
+    """The settings as TOML; fields that are None are left out (TOML has no null)."""
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, e.g. `train.base_lr`."""
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += setting_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def with_overrides(settings: Settings, **sections: dict[str, Any]) -> Settings:
+    """A copy with single fields replaced and validated: `with_overrides(s, train={"steps": 5})`."""
+    tables = settings.model_dump()
+    _merge(tables, sections)
+    return validate_settings(tables, "settings")
+
+
+def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text}: write it as section.field=value, for example train.base_lr=3e-4.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    tables: dict[str, Any] = {}
+    inner = tables
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = parsed
+    return tables
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"Unknown setting {key} in {origin}{_nearest(key, setting_keys())}; `diffmae recipes show` lists all."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"Setting {key} in {origin} is not valid: {message[:1].lower()}{message[1:]}; correct it."
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if not near:  # a right field in a wrong or missing section
+        near = difflib.get_close_matches(name.rpartition(".")[2], [key.rpartition(".")[2] for key in known], n=1)
+        near = [key for key in known if near and key.endswith(near[0])][:1]
+    return f" (did you mean {near[0]}?)" if near else ""
