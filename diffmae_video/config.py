@@ -445,7 +445,7 @@ def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[
     return keys
 
 
-def with_overrides(settings: Settings, **sections: dict[str, Any]) -> Settings:
+def with_overrides(settings: Settings, **sections: Any) -> Settings:
     """A copy with single fields replaced and validated: `with_overrides(s, train={"steps": 5})`."""
     tables = settings.model_dump()
     _merge(tables, sections)
