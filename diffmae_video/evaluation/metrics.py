@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+import diffmae_video.compat  # noqa: F401  (torchmetrics imports torchvision)
+
 import numpy as np
 import torch
 from torch import Tensor
-
-import diffmae_video.compat  # noqa: F401  (torchmetrics imports torchvision)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import diffmae_video.compat  # noqa: F401
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-import diffmae_video.compat  # noqa: F401
 from diffmae_video.evaluation.metrics import (
     bootstrap_interval,
     classification_scores,

@@ -1,0 +1,135 @@
+"""Test views: which clips and crops of a video a protocol such as 7x3 looks at, planned so that it is decoded once.
+
+A protocol KxS takes K clips spread evenly over the video and S crops spread evenly over the longer side of the frame
+(the convention of SlowFast, MAE-ST and VideoMAE). Several protocols share one plan: what they have in common is
+computed once. Geometry only; nothing here decodes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from diffmae_video.errors import UsageError
+
+IMAGE_RESIZE = 256 / 224  # an image is scaled so that the centre crop leaves a margin (MAE's evaluation)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """K temporal clips times S spatial crops."""
+
+    temporal: int
+    spatial: int
+
+    def __str__(self) -> str:
+        return f"{self.temporal}x{self.spatial}"
+
+
+@dataclass(frozen=True)
+class View:
+    """One clip of one crop: `frames` index the video, `place` in [0, 1] lies along the longer side of the frame."""
+
+    frames: tuple[int, ...]
+    place: Fraction
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """The distinct views of a video, and which of them each protocol averages."""
+
+    views: tuple[View, ...]
+    members: tuple[tuple[int, ...], ...]  # per protocol, K*S indices into views (a short video repeats views)
+
+    @property
+    def frames(self) -> list[int]:
+        """Every frame that some view needs, ascending, once."""
+        return sorted({frame for view in self.views for frame in view.frames})
+
+
+def parse_views(text: str) -> tuple[Protocol, ...]:
+    """Read `7x3` or several, `1x1,5x3,7x3`.
+
+    Raises:
+        UsageError: not of that form, or a number below 1.
+    """
+    protocols = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d{0,3})x([1-9]\d{0,2})\s*", part)
+        if not match:
+            raise UsageError(f"--views {text}: write CLIPSxCROPS, for example 5x3, or several as 1x1,5x3,7x3.")
+        protocol = Protocol(int(match[1]), int(match[2]))
+        if protocol not in protocols:
+            protocols.append(protocol)
+    return tuple(protocols)
+
+
+def clip_starts(total: int, frames: int, stride: int, clips: int) -> list[int]:
+    """First frames of `clips` evenly spread clips of T frames; a single one stands in the middle."""
+    slack = max(total - ((frames - 1) * stride + 1), 0)
+    if clips == 1:
+        return [slack // 2]
+    return [round(Fraction(slack * index, clips - 1)) for index in range(clips)]
+
+
+def clip_frames(start: int, total: int, frames: int, stride: int) -> tuple[int, ...]:
+    """The T frame indices of a clip; past the end of a short video the last frame repeats."""
+    return tuple(min(start + index * stride, total - 1) for index in range(frames))
+
+
+def plan_views(protocols: tuple[Protocol, ...], total: int, frames: int, stride: int) -> ViewPlan:
+    """Plan the views of a video of `total` frames for clips of T `frames`, `stride` apart."""
+    if total < 1:
+        raise ValueError(f"a video has at least one frame, not {total}")
+    numbered: dict[View, int] = {}
+    members = []
+    for protocol in protocols:
+        places = [Fraction(1, 2)] if protocol.spatial == 1 else _evenly(protocol.spatial)
+        chosen = []
+        for start in clip_starts(total, frames, stride, protocol.temporal):
+            for place in places:
+                view = View(clip_frames(start, total, frames, stride), place)
+                chosen.append(numbered.setdefault(view, len(numbered)))
+        members.append(tuple(chosen))
+    return ViewPlan(tuple(numbered), tuple(members))
+
+
+def scaled_size(height: int, width: int, crop: tuple[int, int], margin: float = 1.0) -> tuple[int, int]:
+    """Height and width to which a frame is scaled so that the crop fits with the given margin, aspect kept."""
+    scale = max(crop[0] / height, crop[1] / width) * margin
+    return max(round(height * scale), crop[0]), max(round(width * scale), crop[1])
+
+
+def crop_corner(height: int, width: int, crop: tuple[int, int], place: Fraction) -> tuple[int, int]:
+    """Top and left of a crop: `place` moves it along the side with more room; on the other it is centred."""
+    room = height - crop[0], width - crop[1]
+    along = 0 if room[0] > room[1] else 1
+    corner = [room[0] // 2, room[1] // 2]
+    if place != Fraction(1, 2):
+        corner[along] = round(room[along] * place)
+    return corner[0], corner[1]
+
+
+def cut_view(frames: Tensor, needed: list[int], view: View, crop: tuple[int, int]) -> Tensor:
+    """Cut one view out of the decoded frames of a plan.
+
+    Args:
+        frames: uint8 (U, C, h, w), the frames of `ViewPlan.frames` in that order, scaled.
+        needed: `ViewPlan.frames`.
+        crop: H and W.
+
+    Returns:
+        uint8 (T, C, H, W).
+    """
+    position = {frame: row for row, frame in enumerate(needed)}
+    rows = torch.tensor([position[frame] for frame in view.frames], device=frames.device)  # (T,)
+    top, left = crop_corner(frames.shape[-2], frames.shape[-1], crop, view.place)
+    return frames[:, :, top : top + crop[0], left : left + crop[1]][rows]
+
+
+def _evenly(count: int) -> list[Fraction]:
+    return [Fraction(index, count - 1) for index in range(count)]
