@@ -1,0 +1,317 @@
+"""One-page HTML reports: text, tables, curves, images and videos in a single file that opens anywhere.
+
+The file asks nothing of the network or of its folder: pictures and videos are embedded, curves are inline SVG, and a
+Content-Security-Policy forbids everything else. It follows the reader's light or dark setting. Every text that reaches
+the page is escaped, since file names and labels come from strangers.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_POINTS = 800
+"""Points of one curve that are drawn; longer ones are averaged in equal bins."""
+
+_COLOURS = 6  # hues in the style sheet: .c0 .. .c5
+_MAGIC = (  # (offset, bytes, media type): what the bytes say, never what the name says
+    (0, b"\x89PNG\r\n\x1a\n", "image/png"),
+    (0, b"\xff\xd8\xff", "image/jpeg"),
+    (0, b"GIF8", "image/gif"),
+    (4, b"ftyp", "video/mp4"),
+    (0, b"\x1a\x45\xdf\xa3", "video/webm"),
+)
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2024;--soft:#60646c;--line:#d9d9e0;--page:#fcfcfd;--card:#fff;--zebra:#f6f6f8;
+--c0:#2563eb;--c1:#d9480f;--c2:#2b8a3e;--c3:#9c36b5;--c4:#0b7285;--c5:#c2255c}
+@media(prefers-color-scheme:dark){:root{--ink:#edeef0;--soft:#a0a5ae;--line:#363a3f;--page:#111113;--card:#18191b;
+--zebra:#1f2124;--c0:#74a7ff;--c1:#ff9f5a;--c2:#69db7c;--c3:#da9cf0;--c4:#66d9e8;--c5:#faa2c1}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:60rem;margin:0 auto;padding:2rem 1.25rem 4rem}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 1.25rem}
+h2{font-size:1.1rem;margin:0 0 .6rem}
+section,details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem 1.15rem;
+margin:0 0 1rem}
+p{margin:.4rem 0;max-width:46rem;overflow-wrap:anywhere}
+code,pre{font:.88em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+code{background:var(--zebra);border-radius:4px;padding:.1em .3em}
+pre{overflow-x:auto;margin:.75rem 0 0}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.4rem .7rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+th{color:var(--soft);font-weight:600}
+tbody tr:nth-child(even){background:var(--zebra)}
+td.n,th.n{text-align:right;white-space:nowrap}
+img,video{display:block;max-width:100%;height:auto;border-radius:6px}
+.small{image-rendering:pixelated}
+svg{display:block;width:100%;height:auto}
+svg text{fill:var(--soft);font-size:12px}
+svg .grid{stroke:var(--line);stroke-width:1}
+svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;color:var(--soft);font-size:.9rem;margin:.4rem 0 0}
+.legend i{display:inline-block;width:1.1rem;height:.22rem;margin-right:.4rem;vertical-align:middle;border-radius:2px}
+summary{cursor:pointer;font-weight:600}
+.note{color:var(--soft)}
+"""
+_STYLE += "".join(
+    f"svg .c{i}{{stroke:var(--c{i});fill:var(--c{i})}}.legend .c{i}{{background:var(--c{i})}}" for i in range(_COLOURS)
+)
+
+
+class Report:
+    """A page that grows from top to bottom: add parts in the order a reader should meet them, then `write`.
+
+    Example:
+        >>> report = Report("Pre-training")
+        >>> report.text("Finished after **1000** steps.")
+        >>> report.curves("Loss", {"train": ([1, 2, 3], [0.9, 0.5, 0.4])}, x_label="step")
+        >>> report.write("report.html")
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[str] = []
+
+    def text(self, markdown: str) -> None:
+        """Add paragraphs, separated by blank lines; knows `**bold**`, `` `code` `` and lines that start with `- `."""
+        blocks = [_paragraph(block) for block in re.split(r"\n\s*\n", markdown.strip()) if block.strip()]
+        self._parts.append("".join(blocks))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+        """Add a table; columns whose cells are all numbers (or `None`, shown as `-`) stand right-aligned.
+
+        Raises:
+            ValueError: a row has another number of cells than there are columns.
+        """
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"table {title!r}: a row has {len(row)} cells, the header {len(columns)}")
+        numeric = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(columns))]
+        mark = [' class="n"' if number else "" for number in numeric]
+        head = "".join(f"<th{m}>{_escape(c)}</th>" for c, m in zip(columns, mark, strict=True))
+        body = "".join(
+            "<tr>" + "".join(f"<td{m}>{_escape(_cell(v))}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>"
+            for row in rows
+        )
+        table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        self._section(title, table, note)
+
+    def image(self, title: str, image: bytes | np.ndarray | str | os.PathLike[str], note: str = "") -> None:
+        """Add a picture: PNG, JPEG or GIF as bytes or a path, or a uint8 array (H, W, 3) or (H, W).
+
+        Raises:
+            ValueError: the bytes are none of these formats, or the array has another shape or type.
+        """
+        data = _png(image) if isinstance(image, np.ndarray) else _bytes(image)
+        small = ' class="small"' if isinstance(image, np.ndarray) and image.shape[1] <= 320 else ""
+        self._section(title, f'<img{small} alt="{_escape(title)}" src="{_data_url(data, "image/")}">', note)
+
+    def video(self, title: str, video: bytes | str | os.PathLike[str], note: str = "") -> None:
+        """Add a video that browsers can play (MP4 or WebM; a GIF becomes a picture), as bytes or a path.
+
+        Raises:
+            ValueError: the bytes are none of these formats.
+        """
+        data = _bytes(video)
+        if data[:4] == b"GIF8":
+            self.image(title, data, note)
+            return
+        player = f'<video controls loop muted playsinline preload="metadata" src="{_data_url(data, "video/")}"></video>'
+        self._section(title, player, note)
+
+    def curves(
+        self,
+        title: str,
+        series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        *,
+        x_label: str = "step",
+        y_label: str = "",
+        log_y: bool = False,
+        note: str = "",
+    ) -> None:
+        """Add a chart of named curves `{name: (x, y)}`; points that are not finite (with `log_y`: positive) drop out.
+
+        Raises:
+            ValueError: x and y of a curve differ in length.
+        """
+        self._section(title, _chart(title, series, x_label, y_label, log_y), note)
+
+    def settings(self, toml: str, title: str = "Settings") -> None:
+        """Add a folded block of settings, verbatim."""
+        self._parts.append(f"<details><summary>{_escape(title)}</summary><pre>{_escape(toml)}</pre></details>")
+
+    def html(self) -> str:
+        """The whole page."""
+        policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{_escape(self.title)}</title><style>{_STYLE}</style></head>"
+            f"<body><main><h1>{_escape(self.title)}</h1>\n" + "\n".join(self._parts) + "\n</main></body></html>\n"
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page atomically: readers see the old file or the new one, never half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.html())
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    def _section(self, title: str, body: str, note: str) -> None:
+        note = f'<p class="note">{_inline(note)}</p>' if note else ""
+        self._parts.append(f"<section><h2>{_escape(title)}</h2>{body}{note}</section>")
+
+
+def _escape(text: object) -> str:
+    # Lone surrogates stand for bytes of file names that are not UTF-8; they cannot be written.
+    return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"), quote=True)
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+
+
+def _paragraph(block: str) -> str:
+    lines = block.strip().splitlines()
+    if all(line.lstrip().startswith("- ") for line in lines):
+        return "<ul>" + "".join(f"<li>{_inline(line.lstrip()[2:])}</li>" for line in lines) + "</ul>"
+    return f"<p>{_inline(' '.join(lines))}</p>"
+
+
+def _numeric(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float, np.number)) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{float(value):.4g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def _bytes(source: bytes | str | os.PathLike[str]) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _png(array: np.ndarray) -> bytes:
+    from PIL import Image
+
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ValueError(f"image: needs uint8 (H, W, 3) or (H, W), not {array.dtype} {array.shape}")
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _data_url(data: bytes, family: str) -> str:
+    for offset, magic, media in _MAGIC:
+        if data[offset : offset + len(magic)] == magic and media.startswith(family):
+            return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"
+    known = ", ".join(media for _, _, media in _MAGIC if media.startswith(family))
+    raise ValueError(f"the bytes are none of {known}")
+
+
+# Curves
+
+
+def _chart(title: str, series: Mapping[str, tuple], x_label: str, y_label: str, log_y: bool) -> str:
+    curves = {name: _clean(x, y, log_y) for name, (x, y) in series.items()}
+    drawn = {name: xy for name, xy in curves.items() if len(xy[0])}
+    if not drawn:
+        return '<p class="note">No values yet.</p>'
+    left, top, width, height = 64, 12, 820, 260  # plot area in SVG units; the picture scales with the page
+    xs = np.concatenate([x for x, _ in drawn.values()])
+    ys = np.concatenate([y for _, y in drawn.values()])
+    x_low, x_high = _widen(float(xs.min()), float(xs.max()), 0.0)
+    y_low, y_high = _widen(float(ys.min()), float(ys.max()), 0.05)
+
+    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return left + (x - x_low) / (x_high - x_low) * width, top + (y_high - y) / (y_high - y_low) * height
+
+    parts = []
+    for tick in _ticks(y_low, y_high):
+        _, y = place(np.zeros(1), np.array([tick]))
+        label = _number(10**tick if log_y else tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y[0]:.1f}" y2="{y[0]:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y[0] + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick in _ticks(x_low, x_high):
+        x, _ = place(np.array([tick]), np.zeros(1))
+        parts.append(f'<text x="{x[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{_number(tick)}</text>')
+    parts.append(
+        f'<text x="{left + width / 2:.0f}" y="{top + height + 36}" text-anchor="middle">{_escape(x_label)}</text>'
+    )
+    legend = []
+    for i, (name, (x, y)) in enumerate(drawn.items()):
+        colour, (px, py) = f"c{i % _COLOURS}", place(x, y)
+        if len(px) == 1:
+            parts.append(f'<circle class="{colour}" cx="{px[0]:.1f}" cy="{py[0]:.1f}" r="4"/>')
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px, py, strict=True))
+        parts.append(f'<polyline class="{colour}" style="fill:none" points="{points}"/>')
+        last = _number(10 ** y[-1] if log_y else y[-1])
+        legend.append(f'<span><i class="{colour}"></i>{_escape(name)}: {last} at the end</span>')
+    unit = f" ({_escape(y_label)})" if y_label else ""
+    box = f"0 0 {left + width + 16} {top + height + 44}"
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{_escape(title)}{unit}">{"".join(parts)}</svg>'
+    axis = f"<span>vertical: {_escape(y_label)}{', logarithmic' if log_y else ''}</span>" if y_label or log_y else ""
+    return svg + f'<div class="legend">{"".join(legend)}{axis}</div>'
+
+
+def _clean(x: Sequence[float], y: Sequence[float], log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if xs.shape != ys.shape or xs.ndim != 1:
+        raise ValueError(f"curves: x and y need one length, not {xs.shape} and {ys.shape}")
+    good = np.isfinite(xs) & np.isfinite(ys) & ((ys > 0) | (not log_y))
+    xs, ys = xs[good], ys[good]
+    if log_y:
+        ys = np.log10(ys)
+    if len(xs) > MAX_POINTS:
+        last = xs[-1], ys[-1]
+        bins = np.array_split(np.arange(len(xs)), MAX_POINTS - 1)
+        xs = np.array([*(xs[b].mean() for b in bins), last[0]])
+        ys = np.array([*(ys[b].mean() for b in bins), last[1]])
+    return xs, ys
+
+
+def _widen(low: float, high: float, share: float) -> tuple[float, float]:
+    if high > low:
+        return low - share * (high - low), high + share * (high - low)
+    pad = abs(low) * 0.1 or 1.0
+    return low - pad, high + pad
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    rough = (high - low) / count
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [0.0 if k == 0 else k * step for k in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+        return f"{value:.2g}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
