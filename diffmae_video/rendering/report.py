@@ -115,7 +115,9 @@ class Report:
             ValueError: the bytes are none of these formats, or the array has another shape or type.
         """
         data = _png(image) if isinstance(image, np.ndarray) else _bytes(image)
-        small = ' class="small"' if isinstance(image, np.ndarray) and image.shape[1] <= 320 else ""
+        small = ""
+        if isinstance(image, np.ndarray) and image.shape[1] <= 240:  # tiny clips: whole pixels, large enough to see
+            small = f' class="small" width="{image.shape[1] * (480 // image.shape[1])}"'
         self._section(title, f'<img{small} alt="{_escape(title)}" src="{_data_url(data, "image/")}">', note)
 
     def video(self, title: str, video: bytes | str | os.PathLike[str], note: str = "") -> None:
@@ -275,7 +277,8 @@ def _chart(title: str, series: Mapping[str, tuple], x_label: str, y_label: str, 
     unit = f" ({_escape(y_label)})" if y_label else ""
     box = f"0 0 {left + width + 16} {top + height + 44}"
     svg = f'<svg viewBox="{box}" role="img" aria-label="{_escape(title)}{unit}">{"".join(parts)}</svg>'
-    axis = f"<span>vertical: {_escape(y_label)}{', logarithmic' if log_y else ''}</span>" if y_label or log_y else ""
+    scale = [text for text in (_escape(y_label), "logarithmic" if log_y else "") if text]
+    axis = f"<span>vertical: {', '.join(scale)}</span>" if scale else ""
     return svg + f'<div class="legend">{"".join(legend)}{axis}</div>'
 
 
