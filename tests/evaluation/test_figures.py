@@ -1,0 +1,40 @@
+"""Pictures are pictures, and show what they should where that can be read off."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffmae_video.evaluation.figures import confusion_figure, mistakes, strip_picture, sweep_figure
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_confusion_marks_a_filled_cell() -> None:
+    empty = pixels(confusion_figure(torch.zeros(3, 3, dtype=torch.long), ["a", "b", "c"], "t"))
+    right = pixels(confusion_figure(torch.eye(3, dtype=torch.long) * 5, ["a", "b", "c"], "t"))
+    assert empty.shape == right.shape
+    assert right.sum() < empty.sum()  # the diagonal is dark
+    assert pixels(confusion_figure(torch.ones(100, 100, dtype=torch.long), [str(i) for i in range(100)], "t")).size
+
+
+def test_strip_shows_the_frames() -> None:
+    red = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    red[:, 0] = 255
+    picture = pixels(strip_picture([red, red], ["run, not walk", "clap"], frames=4))
+    share = ((picture[..., 0] > 250) & (picture[..., 1] < 5)).mean()
+    assert share > 0.2
+
+
+def test_sweep_is_drawn() -> None:
+    assert pixels(sweep_figure([1, 500, 1000], {"0.75": [0.1, 0.2, 0.3]}, [1.0, 0.3, 0.0])).std() > 0
+
+
+def test_most_confident_mistakes_first() -> None:
+    probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [1.0, 0.0]])
+    assert mistakes(probabilities, torch.tensor([1, 0, 1, 0])) == [1, 0]
