@@ -1,0 +1,118 @@
+"""Files on local disks and behind fsspec URLs through one handful of functions; local writes are atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffmae_video.errors import DataError, DiffmaeError, UsageError
+
+SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "memory", "file", "http", "https")
+"""URL schemes that may be opened; anything else (`pipe:` above all) is refused."""
+RETRIES = 4
+_T = TypeVar("_T")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL with an allowed scheme other than `file`.
+
+    Raises:
+        UsageError: another scheme.
+    """
+    scheme, colon, rest = path.partition(":")
+    if not colon or os.sep in scheme or not rest:
+        return False
+    if scheme == "pipe" or rest.startswith("//"):
+        if scheme not in SCHEMES:
+            raise UsageError(f"{path}: URLs of kind {scheme!r} are not opened; use one of {', '.join(SCHEMES)}.")
+        return scheme != "file"
+    return False
+
+
+def join(root: str, name: str) -> str:
+    """Path or URL of a file in a folder."""
+    return f"{root.rstrip('/')}/{name}" if is_remote(root) else os.path.join(root, name)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path within it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(url.partition(":")[0])
+        hint = f"pip install 'diffmae-video[{extra}]'" if extra else "install the package it names"
+        raise UsageError(f"{url} cannot be opened ({error}); {hint}.") from error
+
+
+def retry(action: Callable[[], _T], what: str, attempts: int = RETRIES, wait: float = 0.2) -> _T:
+    """Run an action on a remote; failures other than a missing file are tried again, each time later.
+
+    Raises:
+        DataError: it failed every time.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except (FileNotFoundError, DiffmaeError):
+            raise
+        except Exception as error:  # storage libraries raise their own kinds
+            if attempt == attempts - 1:
+                raise DataError(f"{what} failed {attempts} times ({error}); check the connection and run again.") from error
+            time.sleep(wait * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def read_file(path: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        return Path(path.removeprefix("file://")).read_bytes()
+    files, inner = filesystem(path)
+
+    def read() -> bytes:
+        files.invalidate_cache()
+        data = files.cat_file(inner)
+        size = files.size(inner)
+        if size is not None and len(data) != size:
+            raise OSError(f"{len(data)} of {size} bytes came")
+        return data
+
+    return retry(read, f"Reading {path}")
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file atomically: temporary name, fsync, rename (a remote object appears whole by itself)."""
+    if is_remote(path):
+        files, inner = filesystem(path)
+        retry(lambda: files.pipe_file(inner, data), f"Writing {path}")
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise DataError(f"{path} cannot be written ({error.strerror}); free space or choose another folder.") from error
+
+
+def sync_folder(folder: str) -> None:
+    """Make a rename in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
