@@ -9,7 +9,7 @@ import torch
 
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.metrics import PairedTest, paired_test, top_k_hits
-from diffmae_video.evaluation.predictions import Predictions, read_predictions, write_json
+from diffmae_video.evaluation.predictions import Predictions, class_difference, read_predictions, write_json
 from diffmae_video.pipelines import console
 
 
@@ -122,20 +122,15 @@ def _choose(predictions: Predictions, views: str | None, where: Path) -> str:
 
 def _align(left: Predictions, right: Predictions, a: Path, b: Path, common: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the same videos in both, (n,) each."""
-    if left.classes != right.classes:
-        pairs = zip([*left.classes, "(none)"], [*right.classes, "(none)"], strict=False)
-        index, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise DataError(
-            f"{a} and {b} have different classes: class {index} is {one!r} in the first and {other!r} in the second; "
-            "compare evaluations of one data set."
-        )
+    if difference := class_difference(left.classes, right.classes):
+        raise DataError(f"{a} and {b} have different classes: {difference}; compare evaluations of one data set.")
     place = {key: row for row, key in enumerate(right.keys)}
     if not common and set(left.keys) != set(place):
         key = min(set(left.keys) ^ set(place))
         where = "the first" if key in left.keys else "the second"
         raise DataError(
-            f"{a} and {b} do not hold the same videos: {key} is only in {where}; evaluate both on one split, or compare what "
-            "they share with --common."
+            f"{a} and {b} do not hold the same videos: {key} is only in {where}; evaluate both on one split, or "
+            "compare what they share with --common."
         )
     rows_a = [row for row, key in enumerate(left.keys) if key in place]
     if not rows_a:

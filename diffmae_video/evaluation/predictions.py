@@ -27,6 +27,17 @@ class Predictions:
     probabilities: dict[str, Tensor]  # protocol such as "7x3" -> (n, K) float32
 
 
+def class_difference(first: list[str], second: list[str]) -> str | None:
+    """The first difference between two class lists in words, or None where they are equal (names and order)."""
+    ends = [*first, "missing"], [*second, "missing"]
+    for index, (one, other) in enumerate(zip(*ends, strict=False)):
+        if one != other:
+            return f"class {index} is {one!r} in the first ({len(first)} classes) and {other!r} in the second " + (
+                f"({len(second)} classes)"
+            )
+    return None
+
+
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Write one row per video and protocol: key, label, label and predicted names, top-5, probabilities (atomic)."""
     import pyarrow as pa

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmae_video.errors import DataError, UsageError
-from diffmae_video.evaluation.predictions import Predictions, read_predictions, write_predictions
+from diffmae_video.evaluation.predictions import Predictions, class_difference, read_predictions, write_predictions
 from diffmae_video.pipelines.compare import compare, verdict
 
 CLASSES = ["clap", "run", "wave"]
@@ -69,7 +69,7 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
         compare(a, other_keys)
     assert compare(a, other_keys, common=True).test.videos == 2
     other_classes = save(tmp_path / "c", [0, 1, 2], [0, 1, 0], classes=["clap", "sit", "wave"])
-    with pytest.raises(DataError, match="class 1 is 'run' in the first and 'sit'"):
+    with pytest.raises(DataError, match="class 1 is 'run' in the first .3 classes. and 'sit'"):
         compare(a, other_classes)
     other_labels = save(tmp_path / "d", [0, 2, 2], [0, 1, 0])
     with pytest.raises(DataError, match="v1 different labels"):
@@ -84,3 +84,11 @@ def test_no_predictions(tmp_path: Path) -> None:
     (tmp_path / "predictions.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a predictions file"):
         read_predictions(tmp_path)
+
+
+def test_class_difference_names_the_first() -> None:
+    assert class_difference(CLASSES, CLASSES) is None
+    assert "class 0 is 'clap'" in class_difference(CLASSES, CLASSES[::-1])
+    assert "class 2 is 'wave' in the first (3 classes) and 'missing' in the second (2 classes)" in class_difference(
+        CLASSES, CLASSES[:2]
+    )
