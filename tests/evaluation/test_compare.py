@@ -69,7 +69,7 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
         compare(a, other_keys)
     assert compare(a, other_keys, common=True).test.videos == 2
     other_classes = save(tmp_path / "c", [0, 1, 2], [0, 1, 0], classes=["clap", "sit", "wave"])
-    with pytest.raises(DataError, match="class 1 is 'run' in the first .3 classes. and 'sit'"):
+    with pytest.raises(DataError, match="class 1 is 'run' in the first"):
         compare(a, other_classes)
     other_labels = save(tmp_path / "d", [0, 2, 2], [0, 1, 0])
     with pytest.raises(DataError, match="v1 different labels"):
