@@ -12,17 +12,20 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import av
 import numpy as np
-import torch
+
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-from torch import Tensor
+
 
 from diffmae_video.data.media import DEFAULT_LIMITS, IMAGE_FORMATS, Limits, demuxer_of, read_bytes, sniff
 from diffmae_video.errors import DataError
+
+if TYPE_CHECKING:  # sharding workers probe without torch
+    from torch import Tensor
 
 Source = bytes | str | Path
 Box = tuple[int, int, int, int]
@@ -129,7 +132,16 @@ class Video:
         seconds = frames / fps if fps else 0.0
         has_audio = bool(self.container.streams.audio)
         return VideoInfo(
-            frames, fps, width, height, seconds, self.codec.name, rotation, has_audio, self.format, self.codec.pix_fmt or ""
+            frames,
+            fps,
+            width,
+            height,
+            seconds,
+            self.codec.name,
+            rotation,
+            has_audio,
+            self.format,
+            self.codec.pix_fmt or "",
         )
 
     @property
@@ -184,6 +196,8 @@ class Video:
         Raises:
             DataError: no frame can be decoded.
         """
+        import torch
+
         crops = crops or [None] * len(indices)
         wanted: dict[int, list[tuple[int, int]]] = {}  # frame -> places (clip, slot)
         for clip, numbers in enumerate(indices):
@@ -240,7 +254,9 @@ class Video:
             self._entries = None
             plain = self.format == "mov" and self.codec.name == "h264" and not self.codec.has_b_frames
             if plain and self.codec.reorder_depth == 0:
-                entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in self.stream.index_entries]
+                entries = [
+                    (entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in self.stream.index_entries
+                ]
                 stamps = [entry[0] for entry in entries]
                 rising = all(a < b for a, b in zip(stamps, stamps[1:], strict=False))
                 if entries and rising and entries[0][1] and not any(entry[2] for entry in entries):
@@ -435,7 +451,9 @@ class _Painter:
 
     def paint(self, frame: av.VideoFrame, out: np.ndarray | None, length: int, slot: int) -> np.ndarray:
         if self.rotation:  # rare: shards hold upright frames
-            upright = np.rot90(self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), -self.rotation // 90)
+            upright = np.rot90(
+                self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), -self.rotation // 90
+            )
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
         left, top, width, height = self.crop or (0, 0, frame.width, frame.height)
         if self.crop and (left < 0 or top < 0 or left + width > frame.width or top + height > frame.height):
@@ -443,7 +461,10 @@ class _Painter:
         rows, columns = self.size or ((height, width) if out is None else out.shape[-2:])
         if out is None:
             out = np.empty((length, 3, rows, columns), np.uint8)
-        if (rows, columns) == (height, width) and frame.width % 8:  # swscale leaves the tail of such gbrp rows unwritten
+        if (rows, columns) == (
+            height,
+            width,
+        ) and frame.width % 8:  # swscale leaves the tail of such gbrp rows unwritten
             rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
             out[slot] = rgb[top : top + rows, left : left + columns].transpose(2, 0, 1)
             return out
@@ -549,6 +570,7 @@ def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Tensor:
     Raises:
         DataError: not an image of a known kind, damaged, or beyond the limits.
     """
+    import torch
     from PIL import Image, ImageOps
 
     name = "The image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)

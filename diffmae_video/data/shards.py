@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,9 +171,7 @@ class Manifest:
         if hashlib.sha256(raw).hexdigest() != self._table["sha256"]:
             raise DataError(f"{join(self.root, TABLE)} does not match its checksum; copy it again or index the shards.")
         table = parquet.read_table(io.BytesIO(raw))
-        columns = {
-            name: table.column(name).to_numpy().astype(kind, copy=False) for name, kind in _COLUMNS.items()
-        }
+        columns = {name: table.column(name).to_numpy().astype(kind, copy=False) for name, kind in _COLUMNS.items()}
         keys = table.column("key").combine_chunks()
         start = 0
         for split, count in self.splits.items():
@@ -184,7 +181,9 @@ class Manifest:
             )
             start += count
         if start != table.num_rows:
-            raise DataError(f"{join(self.root, TABLE)} has {table.num_rows} rows, the manifest {start}; index it again.")
+            raise DataError(
+                f"{join(self.root, TABLE)} has {table.num_rows} rows, the manifest {start}; index it again."
+            )
 
 
 def write_manifest(
@@ -230,7 +229,12 @@ def write_manifest(
         "directional": directional,
         "splits": splits,
         "suffixes": suffixes,
-        "table": {"name": TABLE, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "rows": len(arrays["key"])},
+        "table": {
+            "name": TABLE,
+            "bytes": len(raw),
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "rows": len(arrays["key"]),
+        },
         "shards": [vars(info) for info in infos],
         "facts": facts or {},
     }
@@ -254,8 +258,9 @@ class TarShard:
         import webdataset
 
         self.stream = stream
-        self.tar = webdataset.TarWriter(stream, mtime=_MTIME, user="diffmae", group="diffmae", encoder=False)
-        self.tar.tarstream.format = tarfile.USTAR_FORMAT
+        self.tar = webdataset.TarWriter(
+            stream, mtime=_MTIME, user="diffmae", group="diffmae", encoder=False, format="USTAR_FORMAT"
+        )
         self.rows: list[dict[str, Any]] = []
 
     def add(self, key: str, suffix: str, data: bytes, meta: dict[str, Any]) -> None:
