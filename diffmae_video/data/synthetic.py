@@ -56,10 +56,12 @@ _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
 class Look:
     """How clips look, hence how hard they are. Lengths are in pixels of a 32-pixel frame and grow with the frame."""
 
-    contrast: float = 90.0
-    """Brightness of the object against the background, 0..255; its sign is drawn for each clip."""
-    object_texture: float = 35.0
+    contrast: float = 60.0
+    """Brightness of the object against the background, 0..255; brighter on dark ones, darker on bright ones."""
+    object_texture: float = 10.0
     """Standard deviation of the object's texture, 0..255."""
+    pattern: float = 30.0
+    """Amplitude of the spokes and of the rings on the object, 0..255: large marks that turn and grow with it."""
     background_texture: float = 10.0
     """Standard deviation of the background's texture, 0..255."""
     object_grain: float = 8.0
@@ -122,37 +124,48 @@ def motion_clip(
     # One fixed order of draws, the same for every class: the class changes the motion and nothing else.
     background = _texture(rng, rng.uniform(*look.background_grain), look.colour)
     octaves = [_texture(rng, look.object_grain, look.colour) for _ in range(_OCTAVES)]
-    base = rng.uniform(60, 150) + rng.normal(0, 12, 3)
-    offset = look.contrast * rng.choice([-1.0, 1.0]) * rng.uniform(0.7, 1.3) + rng.normal(0, 12, 3)
+    brightness = rng.uniform(60, 195)
+    base = brightness + rng.normal(0, 10, 3)
+    towards = 1.0 if brightness < 128 else -1.0  # so that neither the object nor its marks are clipped
+    offset = look.contrast * towards * rng.uniform(0.7, 1.3) + rng.normal(0, 10, 3)
     place, angle, octave = rng.uniform(0, size, 2), rng.uniform(0, 2 * math.pi), rng.uniform(0, _OCTAVES)
     pace = rng.uniform(0.75, 1.25)
     heading, drift, start = rng.uniform(0, 2 * math.pi), look.drift * rng.uniform(0, 1), rng.uniform(0, _TILE, 2)
     radius, roundness = size * rng.uniform(*look.radius), rng.uniform(0.75, 1.0)
     move_x, move_y, turn, zoom = (pace * sign for sign in MOTIONS[CLASSES[label]])
 
-    frame = np.arange(frames, dtype=np.float64)[:, None, None]  # (T, 1, 1)
-    grid_y, grid_x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    spokes, ring_width = rng.integers(1, 3, endpoint=True), rng.uniform(1.8, 2.4)  # whole turns, octaves
+
+    single = np.float32  # float32 throughout: twice as fast, and far finer than a grey level
+    frame = np.arange(frames, dtype=single)[:, None, None]  # (T, 1, 1)
+    grid_y, grid_x = np.meshgrid(np.arange(size, dtype=single), np.arange(size, dtype=single), indexing="ij")
     # Background: a plain drift.
-    at_x = (grid_x / unit + start[0] + drift * math.cos(heading) * frame) % _TILE  # (T, H, W)
-    at_y = (grid_y / unit + start[1] + drift * math.sin(heading) * frame) % _TILE
-    scene = base + look.background_texture * _sample(background, at_x, at_y)  # (T, H, W, 3)
+    at_x = grid_x / single(unit) + single(start[0]) + single(drift * math.cos(heading)) * frame  # (T, H, W)
+    at_y = grid_y / single(unit) + single(start[1]) + single(drift * math.sin(heading)) * frame
+    scene = base.astype(single) + single(look.background_texture) * _sample(background, at_x, at_y)  # (T, H, W, 3)
     # Object: pixel coordinates in its own frame; the torus makes every place equally likely in every frame.
-    speed = look.speed * unit
-    rel_x = (grid_x - place[0] - move_x * speed * frame + size / 2) % size - size / 2
-    rel_y = (grid_y - place[1] - move_y * speed * frame + size / 2) % size - size / 2
-    theta = angle + math.radians(look.turn) * turn * frame
+    half, speed = single(size / 2), look.speed * unit
+    rel_x = (grid_x - single(place[0]) - single(move_x * speed) * frame + half) % single(size) - half
+    rel_y = (grid_y - single(place[1]) - single(move_y * speed) * frame + half) % single(size) - half
+    theta = single(angle) + single(math.radians(look.turn) * turn) * frame
     own_x = np.cos(theta) * rel_x + np.sin(theta) * rel_y
     own_y = np.cos(theta) * rel_y - np.sin(theta) * rel_x
-    inside = np.clip(radius - np.hypot(own_x, own_y / roundness) + 0.5, 0, 1)[..., None]  # (T, H, W, 1)
-    skin, power = np.zeros(scene.shape), np.zeros((frames, 1, 1, 1))
+    inside = np.clip(single(radius) - np.hypot(own_x, own_y / single(roundness)) + single(0.5), 0, 1)[..., None]
+    grown = single(octave) + single(math.log2(look.zoom) * zoom) * frame  # (T, 1, 1) octaves, modulo _OCTAVES
+    skin, power = np.zeros_like(scene), np.zeros((frames, 1, 1, 1), single)
     for k, tile in enumerate(octaves):
-        log_scale = (octave + k + math.log2(look.zoom) * zoom * frame) % _OCTAVES - _OCTAVES / 2  # (T, 1, 1)
-        weight = np.cos(math.pi * log_scale / _OCTAVES)[..., None] ** 2  # 0 where the octave wraps around
-        shrink = 2.0**-log_scale / unit
-        skin += weight * _sample(tile, (own_x * shrink) % _TILE, (own_y * shrink) % _TILE)
+        log_scale = (grown + single(k)) % single(_OCTAVES) - single(_OCTAVES / 2)
+        weight = np.cos(single(math.pi / _OCTAVES) * log_scale)[..., None] ** 2  # 0 where the octave wraps around
+        shrink = single(2.0) ** -log_scale / single(unit)
+        skin += weight * _sample(tile, own_x * shrink, own_y * shrink)
         power += weight**2
-    skin = base + offset + look.object_texture * skin / np.sqrt(power)
-    return np.clip(np.rint(scene * (1 - inside) + skin * inside), 0, 255).astype(np.uint8)
+    skin *= single(look.object_texture) / np.sqrt(power)
+    # Spokes and rings: waves in angle and in log radius, so that turning and zooming only shift their phase.
+    distance = np.log2(np.hypot(own_x, own_y) + single(0.5 * unit))
+    rings = np.cos(single(2 * math.pi / ring_width) * (distance - grown))
+    marks = np.cos(single(spokes) * np.arctan2(own_y, own_x)) + rings
+    skin += (base + offset).astype(single) + single(look.pattern) * marks[..., None]
+    return np.clip(np.rint(scene + (skin - scene) * inside), 0, 255).astype(np.uint8)
 
 
 def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
@@ -263,10 +276,9 @@ def _texture(rng: np.random.Generator, grain: float, colour: float) -> np.ndarra
 
 
 def _sample(tile: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear look-up of a seamless texture at x, y (T, H, W) in [0, _TILE) -> float32 (T, H, W, 3), in one call."""
-    x, y = np.broadcast_arrays(x, y)
+    """Bilinear look-up of a seamless texture at x, y (T, H, W), pixels -> float32 (T, H, W, 3), in one call."""
     flat = x.shape[0] * x.shape[1], x.shape[2]
-    map_x, map_y = (np.ascontiguousarray(v, dtype=np.float32).reshape(flat) for v in (x, y))
+    map_x, map_y = (np.remainder(v, np.float32(_TILE)).reshape(flat) for v in (x, y))
     return cv2.remap(tile, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP).reshape(*x.shape, 3)
 
 
