@@ -21,10 +21,11 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
 
-from diffmae_video.data.media import DEFAULT_LIMITS, IMAGE_FORMATS, Limits, demuxer_of, read_bytes, sniff
+from diffmae_video.data.media import DEFAULT_LIMITS, IMAGE_FORMATS, Limits, demuxer_of, describe, read_bytes, sniff
 from diffmae_video.errors import DataError
 
 if TYPE_CHECKING:  # sharding workers probe without torch
+    from PIL import Image
     from torch import Tensor
 
 Source = bytes | str | Path
@@ -78,6 +79,8 @@ class Video:
         self._table: list[_Packet] | None = None
         self._counted: int | None = None
         self._rotation: int | None = None
+        self.errors = 0
+        """Packets that failed in the last pass of `decode_all`."""
         self._open()
 
     def _open(self) -> None:
@@ -171,9 +174,13 @@ class Video:
     def decode_all(self) -> Iterator[av.VideoFrame]:
         """All frames in display order; a damaged packet costs its own frames only."""
         self._rewind()
-        count = 0
+        count = self.errors = 0
         for packet in self._demux():
-            for frame in _decode(packet):
+            try:
+                frames = packet.decode()
+            except FFmpegError:
+                frames, self.errors = [], self.errors + 1
+            for frame in frames:
                 count += 1
                 if count > self.limits.frames:
                     raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
@@ -405,13 +412,6 @@ def _is_hidden(codec: str, packet: av.Packet) -> bool:
     return codec in ("vp8", "libvpx") and packet.size > 0 and not memoryview(packet)[0] & 0x10
 
 
-def _decode(packet: av.Packet) -> list[av.VideoFrame]:
-    try:
-        return packet.decode()
-    except FFmpegError:
-        return []
-
-
 def _is_cover(stream: av.VideoStream) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
@@ -564,6 +564,30 @@ class VideoReader:
         self.close()
 
 
+def open_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Open an image with the reader that its first bytes name; pixels are not decoded yet.
+
+    Raises:
+        DataError: not an image of a known kind, or beyond the limits.
+    """
+    from PIL import Image
+
+    name = "The image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
+    data = read_bytes(source, limits)
+    kind = sniff(data[:1024])
+    kind = "GIF" if kind == "gif" else kind.removeprefix("image:") if kind and kind.startswith("image:") else None
+    if kind not in IMAGE_FORMATS:
+        raise DataError(f"{name} is not a readable image: it is {describe(data[:1024])}; replace or remove it.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=[kind])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be decoded ({_reason(error)}); replace or remove it.") from error
+    if image.width * image.height > limits.pixels:
+        size = f"{image.width}x{image.height}"
+        raise DataError(f"{name} has {size} pixels, beyond the limit of {limits.pixels}; leave it out.")
+    return image
+
+
 def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Tensor:
     """Decode an image to uint8 (C, H, W), upright, RGB (alpha dropped, palettes and grey expanded).
 
@@ -571,23 +595,11 @@ def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Tensor:
         DataError: not an image of a known kind, damaged, or beyond the limits.
     """
     import torch
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    name = "The image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
-    data = read_bytes(source, limits)
-    kind = sniff(data[:1024])
-    kind = "image:GIF" if kind == "gif" else kind
-    if kind is None or not kind.startswith("image:") or kind.removeprefix("image:") not in IMAGE_FORMATS:
-        from diffmae_video.data.media import describe
-
-        what = describe(data[:1024]) if kind is None else f"of kind {kind.removeprefix('image:')}"
-        raise DataError(f"{name} is not a readable image: it is {what}; replace or remove it.")
-    try:
-        with Image.open(io.BytesIO(data), formats=[kind.removeprefix("image:")]) as image:
-            if image.width * image.height > limits.pixels:
-                size = f"{image.width}x{image.height}"
-                raise DataError(f"{name} has {size} pixels, beyond the limit of {limits.pixels}; leave it out.")
+    with open_image(source, limits) as image:
+        try:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-            return torch.from_numpy(np.asarray(upright).transpose(2, 0, 1).copy())  # (C, H, W)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded ({_reason(error)}); replace or remove it.") from error
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"The image cannot be decoded ({_reason(error)}); replace or remove it.") from error
+        return torch.from_numpy(np.asarray(upright).transpose(2, 0, 1).copy())  # (C, H, W)
