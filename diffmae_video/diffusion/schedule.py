@@ -1,0 +1,104 @@
+"""Noise schedules as float64 tables, with the paper's exponent rho.
+
+Indices are 0-based: `timestep` i in 0..T-1 is the step the literature calls t = i + 1. Tables stay in float64 (at
+rho = 0.8 the last alpha_bar is 2e-11, below float16, and at rho = 0.5 below float32); values are gathered, then cast.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Variances of a diffusion process with S steps, all float64 (S,)."""
+
+    timesteps: Tensor
+    """int64 (S,): index of each step in the training schedule, what the denoiser is told; ascending."""
+    betas: Tensor
+    alphas_bar: Tensor
+    """Signal power left after each step."""
+    alphas_bar_prev: Tensor
+    """The same one step earlier; 1 before the first."""
+    posterior_variance: Tensor
+    """Variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
+    posterior_x0: Tensor
+    """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
+    posterior_xt: Tensor
+    """Coefficient of x_t in that mean."""
+
+    @classmethod
+    def make(cls, kind: str = "linear", timesteps: int = 1000, rho: float = 1.0) -> Schedule:
+        """Tables of a training schedule.
+
+        Args:
+            kind: `linear`, betas 1e-4..0.02 at 1000 steps, scaled by 1000 / T otherwise (DDPM, arXiv 2006.11239), or
+                `cosine` (arXiv 2102.09672, eq. 17).
+            timesteps: diffusion steps T.
+            rho: exponent of every beta; below 1 amplifies the noise (DiffMAE, section 3).
+        """
+        if kind == "linear":
+            scale = 1000 / timesteps
+            betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+        elif kind == "cosine":
+            time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            power = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = 1 - power[1:] / power[:-1]
+        else:
+            raise ValueError(f"schedule {kind!r} is not one of linear, cosine")
+        return cls.from_betas(betas.clamp(max=0.999) ** rho, torch.arange(timesteps))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, timesteps: Tensor) -> Schedule:
+        """Derive every table from the variances (S,) of successive steps."""
+        betas = betas.double()
+        alphas_bar = torch.cumprod(1 - betas, 0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        return cls(
+            timesteps=timesteps,
+            betas=betas,
+            alphas_bar=alphas_bar,
+            alphas_bar_prev=previous,
+            posterior_variance=betas * (1 - previous) / (1 - alphas_bar),
+            posterior_x0=betas * previous.sqrt() / (1 - alphas_bar),
+            posterior_xt=(1 - previous) * (1 - betas).sqrt() / (1 - alphas_bar),
+        )
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def respace(self, steps: int) -> Schedule:
+        """The same process seen at `steps` evenly spread timesteps, the first and the last among them.
+
+        Betas are recomputed from the alpha_bar kept, so that marginals do not change (Improved DDPM, section 4). One
+        step alone is the last timestep: pure noise to a clean sample at once, which is what a masked autoencoder does.
+        """
+        if not 1 <= steps <= len(self):
+            raise ValueError(f"steps = {steps} is not in 1..{len(self)}")
+        if steps == 1:
+            kept = torch.tensor([len(self) - 1])
+        else:
+            kept = torch.linspace(0, len(self) - 1, steps, dtype=torch.float64).round().long()
+        alphas_bar = self.alphas_bar[kept]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        return Schedule.from_betas(1 - alphas_bar / previous, self.timesteps[kept])
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise; x0 and noise (B, ...), timestep (B,) indices."""
+        signal, sigma = self.gather(self.alphas_bar.sqrt(), timestep, x0), self.gather(self.sigmas, timestep, x0)
+        return signal * x0 + sigma * noise
+
+    @property
+    def sigmas(self) -> Tensor:
+        """sqrt(1 - alpha_bar), (S,)."""
+        return (1 - self.alphas_bar).sqrt()
+
+    @staticmethod
+    def gather(table: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
+        """Values of a table at `timestep` (B,), cast and shaped to multiply `like` (B, ...)."""
+        values = table.to(timestep.device)[timestep].to(like.dtype)
+        return values.view(-1, *[1] * (like.dim() - 1))
