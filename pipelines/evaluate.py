@@ -201,8 +201,8 @@ def _finish(
     if len(failed) > settings.data.max_bad_fraction * found or len(samples) == 0:
         key, reason = next(iter(reasons.items()))
         raise DataError(
-            f"{len(failed)} of {found} videos cannot be read, more than data.max_bad_fraction allows, the first is {key} "
-            f"({reason.rstrip('.')}); repair the shards or raise data.max_bad_fraction: what is done is kept."
+            f"{len(failed)} of {found} videos cannot be read, more than data.max_bad_fraction allows; the first is "
+            f"{key} ({reason.rstrip('.')}); repair the shards or raise data.max_bad_fraction: what is done is kept."
         )
     labels = torch.tensor([int(table.label[index]) for index in samples.tolist()])
     keys = [table.key(index) for index in samples.tolist()]
