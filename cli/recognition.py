@@ -1,0 +1,291 @@
+"""Commands around recognition: finetune, eval, features, predict, compare, loss-sweep."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmae_video.cli.options import (
+    CheckpointOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    DryRunOption,
+    NprocOption,
+    OutOption,
+    RecipeOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+)
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", metavar="NAME", envvar="DIFFMAE_TASK", help="k400, ssv2, ucf101, hmdb51, imagenet, or your own."
+    ),
+]
+ViewsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--views", metavar="KxS[,...]", envvar="DIFFMAE_VIEWS", help="Clips x crops, e.g. 7x3; the task's by default."
+    ),
+]
+
+
+class Protocol(str, Enum):
+    """How much is trained."""
+
+    finetune = "finetune"
+    linear = "linear"
+    attentive = "attentive"
+    knn = "knn"
+
+
+def finetune(
+    task: TaskOption,
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init",
+            metavar="auto|scratch|PATH",
+            envvar="DIFFMAE_INIT",
+            help="Weights to start from; auto takes the newest pre-training.",
+        ),
+    ] = "auto",
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option("--protocol", envvar="DIFFMAE_PROTOCOL", help="Train everything, or probe frozen features."),
+    ] = None,
+    data: DataOption = None,
+    recipe: RecipeOption = "auto",
+    override: SetOption = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = Device.auto,
+    nproc: NprocOption = 1,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a classifier on a pre-trained encoder, or probe it.
+
+    Example: diffmae finetune --task k400
+    """
+    from diffmae_video.pipelines.finetune import finetune as run
+
+    run(
+        task,
+        init=init,
+        protocol=protocol.value if protocol else None,
+        data=data,
+        recipe=recipe,
+        overrides=override or [],
+        out=out,
+        seed=seed,
+        device=device.value,
+        nproc=nproc,
+        resume=resume,
+        dry_run=dry_run,
+    )
+
+
+def evaluate(
+    task: TaskOption,
+    checkpoint: CheckpointOption = None,
+    views: ViewsOption = None,
+    data: DataOption = None,
+    override: SetOption = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = Device.auto,
+    nproc: NprocOption = 1,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Test on a task: multi-view classification, or `--task inpaint`.
+
+    Example: diffmae eval --task k400 --views 1x1,7x3
+    """
+    if task == "inpaint":
+        from diffmae_video.pipelines.evaluate_inpainting import evaluate_inpainting
+
+        evaluate_inpainting(
+            checkpoint=checkpoint,
+            data=data,
+            overrides=override or [],
+            out=out,
+            seed=seed,
+            device=device.value,
+            dry_run=dry_run,
+        )
+        return
+    from diffmae_video.pipelines.evaluate import evaluate as run
+    from diffmae_video.pipelines.evaluate import print_evaluation
+
+    result = run(
+        task,
+        checkpoint=checkpoint,
+        views=views,
+        data=data,
+        overrides=override or [],
+        out=out,
+        seed=seed,
+        device=device.value,
+        nproc=nproc,
+        resume=resume,
+        dry_run=dry_run,
+    )
+    if result is not None:
+        print_evaluation(result)
+
+
+def features(
+    checkpoint: CheckpointOption = None,
+    data: DataOption = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option("--split", envvar="DIFFMAE_SPLIT", help="Split to read; may be repeated; all by default."),
+    ] = None,
+    views: Annotated[
+        str, typer.Option("--views", metavar="KxS", envvar="DIFFMAE_VIEWS", help="Views averaged for each video.")
+    ] = "1x1",
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", envvar="DIFFMAE_TOKENS", help="Keep all tokens (half precision), not their mean."),
+    ] = False,
+    override: SetOption = None,
+    out: OutOption = None,
+    device: DeviceOption = Device.auto,
+    nproc: NprocOption = 1,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Write the encoder's features of a data set: safetensors with a parquet table of keys and labels.
+
+    Example: diffmae features --data shards/k400 --split val
+    """
+    from diffmae_video.pipelines.features import extract_features
+
+    extract_features(
+        checkpoint=checkpoint,
+        data=data,
+        splits=split or [],
+        views=views,
+        tokens=tokens,
+        overrides=override or [],
+        out=out,
+        device=device.value,
+        nproc=nproc,
+        dry_run=dry_run,
+    )
+
+
+def predict(
+    clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Videos or images.")],
+    checkpoint: CheckpointOption = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", envvar="DIFFMAE_TASK", help="Take the newest classifier of this task."),
+    ] = None,
+    views: ViewsOption = None,
+    top: Annotated[int, typer.Option("--top", min=1, envvar="DIFFMAE_TOP", help="Classes shown for each clip.")] = 5,
+    json_lines: Annotated[
+        bool, typer.Option("--json", envvar="DIFFMAE_JSON", help="One JSON object a line instead of a table.")
+    ] = False,
+    override: SetOption = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Classify loose files with a fine-tuned model.
+
+    Example: diffmae predict holiday.mp4 --task k400
+    """
+    from diffmae_video.pipelines.predict import predict as run
+    from diffmae_video.pipelines.predict import print_predictions
+
+    found = run(
+        clips,
+        checkpoint=checkpoint,
+        task=task,
+        views=views,
+        top=top,
+        overrides=override or [],
+        device=device.value,
+        quiet=json_lines,
+    )
+    if not print_predictions(found, json_lines=json_lines):
+        raise typer.Exit(3)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of an evaluation.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
+    views: Annotated[
+        str | None,
+        typer.Option("--views", metavar="KxS", envvar="DIFFMAE_VIEWS", help="Protocol; the last of each by default."),
+    ] = None,
+    common: Annotated[
+        bool, typer.Option("--common", envvar="DIFFMAE_COMMON", help="Compare the videos both have.")
+    ] = False,
+    out: OutOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Test whether two evaluations of the same videos differ: paired bootstrap, McNemar, classes.
+
+    Example: diffmae compare runs/eval-001 runs/eval-002
+    """
+    from diffmae_video.pipelines.compare import compare as run
+    from diffmae_video.pipelines.compare import print_comparison
+
+    result = run(a, b, views=views, common=common, out=out, seed=seed or 0)
+    print_comparison(result, str(a), str(b))
+
+
+def loss_sweep(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Pre-training run; the workspace's newest by default.")
+    ] = None,
+    data: DataOption = None,
+    clips: Annotated[int, typer.Option("--clips", min=1, envvar="DIFFMAE_CLIPS", help="Clips of the split.")] = 64,
+    steps: Annotated[
+        int, typer.Option("--steps", min=2, envvar="DIFFMAE_STEPS", help="Timesteps, evenly spread.")
+    ] = 11,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option("--ratio", min=0.01, max=0.99, envvar="DIFFMAE_RATIO", help="Mask ratio; may be repeated."),
+    ] = None,
+    override: SetOption = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = Device.auto,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Measure the denoising error by timestep and mask ratio: does pre-training work?
+
+    Example: diffmae loss-sweep runs/pretrain-001
+    """
+    from diffmae_video.pipelines.loss_sweep import loss_sweep as sweep
+
+    sweep(
+        run,
+        data=data,
+        clips=clips,
+        steps=steps,
+        ratios=ratio or [],
+        overrides=override or [],
+        out=out,
+        seed=seed,
+        device=device.value,
+        dry_run=dry_run,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this area."""
+    app.command("finetune")(finetune)
+    app.command("eval")(evaluate)
+    app.command("features")(features)
+    app.command("predict")(predict)
+    app.command("compare")(compare)
+    app.command("loss-sweep")(loss_sweep)
