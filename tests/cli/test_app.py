@@ -1,0 +1,97 @@
+"""The command line frame: exit codes, one-line errors, help, version, doctor, recipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from diffmae_video._version import __version__
+from diffmae_video.cli.app import app, run
+from diffmae_video.errors import DataError, Stopped
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"diffmae-video {__version__}"
+
+
+def test_help_lists_the_stages_without_importing_torch() -> None:
+    code = (
+        "import sys\nfrom diffmae_video.cli.app import run\ncode = run(['--help'])\nassert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit(code)"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("shard", "pretrain", "finetune", "eval", "render-inpaint", "demo", "doctor", "recipes"):
+        assert command in done.stdout
+
+
+def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "--vidoe"]) == 2
+    assert "--vidoe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("x.tar is damaged; shard again."), 3),
+        (Stopped("Saved; run again."), 75),
+        (ZeroDivisionError("no"), 1),
+    ],
+)
+def test_errors_are_one_line_and_the_documented_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(typer.main, "get_command", lambda _: type("Command", (), {"main": staticmethod(fail)}))
+    assert run([]) == code
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
+    assert str(error) in printed
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFMAE_DEBUG", "1")
+    with pytest.raises(Exception, match="nowhere"):
+        run(["recipes", "show", "nowhere"])
+
+
+def test_every_option_has_an_environment_variable() -> None:
+    def parameters(command: object, path: str) -> list[tuple[str, object]]:
+        found = [(path, parameter) for parameter in command.params]
+        for name, inner in getattr(command, "commands", {}).items():
+            found += parameters(inner, f"{path} {name}")
+        return found
+
+    options = [
+        (path, parameter)
+        for path, parameter in parameters(typer.main.get_command(app), "diffmae")
+        if parameter.param_type_name == "option"
+        and parameter.name not in ("help", "version")
+        and "completion" not in parameter.name
+    ]
+    assert options
+    bare = [
+        f"{path} {option.opts[0]}" for path, option in options if not str(option.envvar or "").startswith("DIFFMAE_")
+    ]
+    assert bare == []
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes"]) == 0
+    assert "smoke" in capsys.readouterr().out
+    assert run(["recipes", "show", "smoke", "--stage", "finetune", "--set", "train.steps=7"]) == 0
+    assert "steps = 7" in capsys.readouterr().out
+    assert run(["recipes", "show", "smoke", "--stage", "lunch"]) == 2
+
+
+def test_doctor_finds_a_working_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("torch", "libx264", "GiB free", "Everything needed is here"):
+        assert part in printed

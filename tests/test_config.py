@@ -1,0 +1,105 @@
+"""Settings: closed to unknown keys, readable errors, recipes that layer as documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffmae_video.config import (
+    Settings,
+    load_settings,
+    read_settings,
+    recipe_names,
+    setting_keys,
+    settings_toml,
+    with_overrides,
+)
+from diffmae_video.errors import UsageError
+
+
+def write_recipe(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_recipe_layers_in_the_documented_order(tmp_path: Path) -> None:
+    base = write_recipe(
+        tmp_path, "base", "[train]\nbase_lr = 1.0\nbatch_size = 2\nepochs = 3\n[stage.finetune.train]\nepochs = 4\n"
+    )
+    child = write_recipe(
+        tmp_path, "child", f'extends = "{base}"\n[train]\nbatch_size = 8\n[stage.finetune.train]\nbase_lr = 2.0\n'
+    )
+    pretrain = load_settings(child, "pretrain", ["train.ema=0.5"]).train
+    finetune = load_settings(child, "finetune", ["train.base_lr = 3.0"]).train
+    assert (pretrain.base_lr, pretrain.batch_size, pretrain.epochs, pretrain.ema) == (1.0, 8, 3, 0.5)
+    assert (finetune.base_lr, finetune.batch_size, finetune.epochs, finetune.ema) == (3.0, 8, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.bas_lr=1", ["train.bas_lr", "train.base_lr"]),
+        ("base_lr=1", ["base_lr", "train.base_lr"]),
+        ("train.base_lr=-1", ["train.base_lr", "greater than 0"]),
+        ("model.size=[30, 32]", ["model", "multiples of patch"]),
+        ("model.loss_tokens=0.5", ["loss_tokens", "cross"]),
+        ("train.precision=fp8", ["train.precision", "bf16"]),
+        ("nonsense", ["nonsense", "section.field=value"]),
+    ],
+)
+def test_a_wrong_override_names_the_key_and_the_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_settings(None, "pretrain", [override])
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_words_and_lists_can_be_set(tmp_path: Path) -> None:
+    settings = load_settings(None, "pretrain", ["mask.kind=tube", "model.size=[64, 32]", "data.path=a/b"])
+    assert (settings.mask.kind, settings.model.size, settings.data.path) == ("tube", (64, 32), "a/b")
+
+
+def test_resolved_settings_survive_the_file(tmp_path: Path) -> None:
+    settings = with_overrides(Settings(), seed=3, train={"steps": 5}, data={"sources": ({"path": "x", "weight": 2},)})
+    path = tmp_path / "config.toml"
+    path.write_text(settings_toml(settings))
+    assert read_settings(path) == settings
+
+
+def test_every_builtin_recipe_resolves_in_every_stage() -> None:
+    assert {"smoke", "demo"} <= set(recipe_names())
+    for name in recipe_names():
+        for stage in ("pretrain", "finetune", "evaluate", "render"):
+            assert isinstance(load_settings(name, stage), Settings)
+
+
+def test_unknown_recipes_are_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"did you mean smoke\?"):
+        load_settings("smok", "pretrain")
+    with pytest.raises(UsageError, match="no such file"):
+        load_settings(str(tmp_path / "gone.toml"), "pretrain")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_settings(write_recipe(tmp_path, "broken", "[train\n"), "pretrain")
+    with pytest.raises(UsageError, match=r"\[stage\.training\]"):
+        load_settings(write_recipe(tmp_path, "stage", "[stage.training.train]\nepochs = 1\n"), "pretrain")
+    circle = tmp_path / "circle.toml"
+    circle.write_text(f'extends = "{circle}"\n')
+    with pytest.raises(UsageError, match="circle"):
+        load_settings(str(circle), "pretrain")
+
+
+def test_every_setting_is_documented() -> None:
+    def undocumented(section: type, prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                missing += undocumented(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                missing.append(prefix + name)
+        return missing
+
+    assert undocumented(Settings) == []
+    assert "train.base_lr" in setting_keys()
