@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,8 +75,9 @@ class ModelSettings(Section):
     """Pixels p on a side of one patch."""
     class_token: bool = False
     """Prepend a learned class token in the encoder."""
-    positions: Literal["sincos", "learned"] = "sincos"
-    """Separable position embeddings: fixed sine-cosine, or learned (imported weights)."""
+    positions: Literal["sincos", "learned", "joint", "flat"] = "sincos"
+    """Position embeddings: separable fixed sine-cosine or learned; over all tokens learned (`joint`) or VideoMAE's
+    fixed sinusoid (`flat`); imports bring their own."""
     qkv_bias: bool = True
     """Biases on query, key and value projections."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -113,6 +115,10 @@ class ModelSettings(Section):
             raise ValueError(f"size = {list(self.size)} must be multiples of patch = {self.patch}")
         if self.loss_tokens < 1 and self.decoder != "cross":
             raise ValueError("loss_tokens below 1 needs decoder = 'cross': the others let masked tokens see each other")
+        if self.objective == "mae" and self.target in ("noise", "velocity"):
+            raise ValueError(f"target = '{self.target}' needs noise, and objective = 'mae' has none")
+        if self.objective == "ddpm" and self.loss_tokens < 1:
+            raise ValueError("loss_tokens below 1 hides tokens from the encoder of objective = 'ddpm'; leave it at 1")
         return self
 
 
@@ -450,6 +456,20 @@ def with_overrides(settings: Settings, **sections: Any) -> Settings:
     tables = settings.model_dump()
     _merge(tables, sections)
     return validate_settings(tables, "settings")
+
+
+def override_settings(settings: Settings, overrides: Sequence[str] = (), seed: int | None = None) -> Settings:
+    """A copy changed by `section.field=value` texts and, where given, the seed.
+
+    Raises:
+        UsageError: an unknown key or a value that is not valid.
+    """
+    tables = settings.model_dump()
+    for text in overrides:
+        _merge(tables, _parse_override(text))
+    if seed is not None:
+        tables["seed"] = seed
+    return validate_settings(tables, "--set")
 
 
 def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
