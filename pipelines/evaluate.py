@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmae_video._version import __version__
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, Stopped
 from diffmae_video.pipelines import console
+from diffmae_video.pipelines.classifiers import find_run, load_classifier
 from diffmae_video.pipelines.tasks import check_classes, default_views, find_task_data
 from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
+    from diffmae_video.config import Settings
     from diffmae_video.data.shards import Manifest
     from diffmae_video.evaluation.metrics import ClassificationScores
     from diffmae_video.evaluation.predictions import Predictions
@@ -49,6 +51,7 @@ def evaluate(
     device: str = "auto",
     out: Path | None = None,
     resume: str = "auto",
+    nproc: int = 1,
     dry_run: bool = False,
 ) -> EvaluateResult | None:
     """Classify every video of the evaluation split, each decoded once for all its views.
@@ -61,6 +64,7 @@ def evaluate(
         overrides: `section.field=value`, on top of the settings saved with the checkpoint.
         out: folder of the results; an unfinished evaluation of the same is continued.
         resume: `never` starts over.
+        nproc: processes on this machine.
         dry_run: print the plan and make nothing; returns None.
 
     Returns:
@@ -70,50 +74,82 @@ def evaluate(
     Raises:
         UsageError, DataError: nothing to evaluate, labels that do not fit, too many unreadable videos.
     """
+    arguments = {
+        "task": task,
+        "checkpoint": checkpoint,
+        "data": data,
+        "views": views,
+        "overrides": list(overrides),
+        "seed": seed,
+        "device": device,
+        "out": out,
+        "resume": resume,
+        "dry_run": dry_run,
+    }
+    if nproc > 1 and not dry_run:
+        from diffmae_video.training.distributed import launch
+
+        return launch(_evaluate, arguments, nproc)
+    return _evaluate(**arguments)
+
+
+def _evaluate(
+    task: str,
+    checkpoint: str | Path | None,
+    data: str | Path | None,
+    views: str | None,
+    overrides: Sequence[str],
+    seed: int | None,
+    device: str,
+    out: Path | None,
+    resume: str,
+    dry_run: bool,
+) -> EvaluateResult | None:
+    """The part of one process."""
     from diffmae_video.evaluation.classify import SplitViews, ViewSettings, run_pass, videos_per_block
     from diffmae_video.evaluation.records import PassStore
     from diffmae_video.evaluation.views import parse_views
-    from diffmae_video.pipelines.classifiers import find_classifier, load_classifier, process_group
+    from diffmae_video.training.distributed import start
+    from diffmae_video.training.signals import stop_on_signal
 
-    source, line = find_classifier(checkpoint, task)
-    console.say(line)
-    loaded = load_classifier(source, overrides=overrides, seed=seed, device=device)
-    settings = loaded.settings
-    manifest, line = find_task_data(task, data, _override_of(overrides, "data.path"))
-    console.say(line)
-    check_classes(source, loaded.classes, manifest)
-    split = settings.data.eval_split
-    labels = manifest.samples(split).label
-    samples = [index for index in range(len(labels)) if labels[index] >= 0]
-    if not samples:
-        raise DataError(f"Split {split} of {manifest.root} has no labelled sample; choose one with data.eval_split.")
-    protocols = parse_views(views or settings.evaluate.views or default_views(manifest))
-    images = manifest.kind == "image"
-    view_settings = ViewSettings(
-        protocols, 1 if images else settings.model.frames, settings.data.stride, settings.model.size
-    )
-    facts = {
-        "version": __version__,
-        "weights": loaded.weights_sha256,
-        "data": manifest.hash,
-        "split": split,
-        "views": asdict(view_settings),
-        "batch_views": settings.evaluate.batch_views,
-        "model": settings.model.model_dump(mode="json"),
-        "precision": loaded.precision,
-        "device": loaded.device.split(":")[0],
-    }
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    names = ",".join(map(str, protocols))
-    size = "x".join(map(str, settings.model.size))
-    console.say(
-        f"Views: {names} of {view_settings.frames} frames, stride {settings.data.stride}, {size} pixels; "
-        f"{len(samples)} videos of {split}; {loaded.precision} on {loaded.device}."
-    )
-    if dry_run:
-        return None
-    with process_group(loaded.device) as group:
-        directory = group.share(_directory(out, fingerprint, resume) if group.rank == 0 else None)
+    with start(device) as processes, stop_on_signal() as stop:
+        source, line = find_run("finetune", checkpoint, task)
+        console.say(line)
+        loaded = load_classifier(source, processes.device, overrides, seed)
+        settings = loaded.settings
+        manifest, line = find_task_data(task, data, override_of(overrides, "data.path"))
+        console.say(line)
+        check_classes(source, loaded.classes, manifest)
+        split = settings.data.eval_split
+        labels = manifest.samples(split).label
+        samples = [index for index in range(len(labels)) if labels[index] >= 0]
+        if not samples:
+            raise DataError(
+                f"Split {split} of {manifest.root} has no labelled sample; choose one with data.eval_split."
+            )
+        protocols = parse_views(views or settings.evaluate.views or default_views(manifest))
+        frames = 1 if manifest.kind == "image" else settings.model.frames
+        view_settings = ViewSettings(protocols, frames, settings.data.stride, settings.model.size)
+        facts = {
+            "version": __version__,
+            "weights": loaded.weights_sha256,
+            "data": manifest.hash,
+            "split": split,
+            "views": asdict(view_settings),
+            "batch_views": settings.evaluate.batch_views,
+            "model": settings.model.model_dump(mode="json"),
+            "precision": loaded.precision,
+            "device": processes.device.type,
+        }
+        fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        names, size = ",".join(map(str, protocols)), "x".join(map(str, settings.model.size))
+        console.say(
+            f"Views: {names} of {frames} frames, stride {settings.data.stride}, {size} pixels; {len(samples)} videos "
+            f"of {split}; {loaded.precision} on {processes.device.type}, {processes.world} process(es)."
+        )
+        if dry_run:
+            return None
+        directory = Path(processes.broadcast(str(_directory(out, fingerprint, resume)) if processes.main else None))
         dataset = SplitViews(
             manifest,
             split,
@@ -123,34 +159,58 @@ def evaluate(
             settings.data.cache_dir,
             settings.data.cache_gib,
         )
-        store = PassStore(directory, fingerprint, group.rank)
-        mine = range(group.rank, len(dataset), group.world)
-        before = sum(len(dataset.blocks[block]) for block in set(mine) & store.done())
+        store = PassStore(directory, fingerprint, processes.rank)
+        mine = range(processes.rank, len(dataset), processes.world)
+        before = sum(len(dataset.blocks[block]) for block in store.done().intersection(mine))
         if before:
             console.say(f"Continuing {directory}: {before} videos are done.")
         with console.progress(sum(len(dataset.blocks[block]) for block in mine), "eval", "videos") as bar:
             bar.update(before)
+
+            def advance(videos: int, failed: int) -> None:
+                bar.update(videos)
+                if stop:
+                    store.flush()
+                    raise Stopped(f"Stopped by {stop.name}; run the same command again to continue {directory}.")
+
             run_pass(
                 loaded.probabilities,
                 dataset,
                 store,
                 batch_views=settings.evaluate.batch_views,
-                device=loaded.device,
+                device=processes.device,
                 workers=settings.data.workers,
-                rank=group.rank,
-                world=group.world,
-                advance=lambda videos, failed: bar.update(videos),
+                rank=processes.rank,
+                world=processes.world,
+                advance=advance,
             )
-        group.barrier()
-        result = None
-        if group.rank == 0:
-            result = _finish(
-                task, str(source), directory, store, manifest, split, dataset, loaded, facts, fingerprint, len(labels)
-            )
-        return group.share(result)
+        processes.barrier()
+        if not processes.main:
+            return None
+        return _finish(
+            task, source, directory, store, manifest, split, dataset, settings, facts, fingerprint, len(labels)
+        )
 
 
-def _override_of(overrides: Sequence[str], key: str) -> str | None:
+def print_evaluation(result: EvaluateResult) -> None:
+    """Print the accuracies and where the files are."""
+    videos = result.report["videos"]
+    title = f"{result.task}: {videos['used']} videos used of {videos['found']} found, {videos['failed']} failed"
+    columns = ["views", "top-1 %", "95% interval", f"top-{_last(result.scores).top5_rank} %", "mean class %"]
+    console.table(title, columns, accuracy_rows(result.scores))
+    for key, reason in list(result.failed.items())[:5]:
+        console.say(f"Failed: {key}: {reason}")
+    if len(result.failed) > 5:
+        console.say(f"... and {len(result.failed) - 5} more, in eval.json.")
+    console.say(f"Wrote {result.directory}/eval.json and report.html in {result.report['seconds']:.0f} s.")
+
+
+def _last(scores: dict[str, ClassificationScores]) -> ClassificationScores:
+    return list(scores.values())[-1]
+
+
+def override_of(overrides: Sequence[str], key: str) -> str | None:
+    """The text that `--set key=...` gives, the last one."""
     values = [text.partition("=")[2].strip().strip('"') for text in overrides if text.partition("=")[0].strip() == key]
     return values[-1] if values else None
 
@@ -180,7 +240,7 @@ def _finish(
     manifest: Manifest,
     split: str,
     dataset: Any,
-    loaded: Any,
+    settings: Settings,
     facts: dict[str, Any],
     fingerprint: str,
     rows: int,
@@ -191,7 +251,6 @@ def _finish(
     from diffmae_video.evaluation.metrics import classification_scores
     from diffmae_video.evaluation.predictions import Predictions
 
-    settings = loaded.settings
     samples, values, failed, seconds = store.collect()
     found = sum(len(block) for block in dataset.blocks)
     if len(samples) + len(failed) != found:
@@ -211,7 +270,7 @@ def _finish(
         views: classification_scores(values[views], labels, bootstrap=settings.evaluate.bootstrap, seed=settings.seed)
         for views in map(str, dataset.settings.protocols)
     }
-    last = list(scores.values())[-1]
+    last = _last(scores)
     report = {
         "task": task,
         "dataset": manifest.dataset,

@@ -1,0 +1,131 @@
+"""Find and load what recognition works with: classifiers, encoders, and the settings they were trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmae_video.config import Settings, override_settings, read_settings
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.pipelines.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+FIXED_BY_WEIGHTS = ("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "qkv_bias")
+"""Fields of `model` that a checkpoint has decided."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, ready to use, with the settings that apply to it."""
+
+    model: nn.Module  # Classifier or DiffMAE
+    settings: Settings
+    info: dict[str, Any]  # what model.json says
+    weights_sha256: str
+    device: torch.device
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names of a classifier."""
+        return list(self.info.get("classes") or [])
+
+    @property
+    def precision(self) -> str:
+        """`bf16` or `fp32`."""
+        return self.settings.train.precision
+
+    def prepare(self, clips: Tensor) -> Tensor:
+        """uint8 (B, T, C, H, W) -> float (B, C, T, H, W), scaled as the model wants it."""
+        from diffmae_video.models.patches import normalize_pixels
+
+        return normalize_pixels(clips, self.settings.model.pixel_norm)
+
+    def autocast(self) -> Any:
+        """The context in which the forward pass runs."""
+        import torch
+
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def probabilities(self, clips: Tensor) -> Tensor:
+        """Softmax of the logits of clips uint8 (B, T, C, H, W): (B, K) float32."""
+        with self.autocast():
+            logits = self.model(self.prepare(clips))
+        return logits.float().softmax(dim=-1)
+
+    def tokens(self, clips: Tensor) -> Tensor:
+        """Patch tokens of clips uint8 (B, T, C, H, W) after the encoder's last norm: (B, N, D) float32."""
+        encoder = self.model.encoder
+        with self.autocast():
+            tokens = encoder.forward_features(self.prepare(clips))  # (B, [1 +] N, D)
+        return tokens[:, 1:].float() if encoder.cls_token is not None else tokens.float()
+
+
+def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tuple[str, str]:
+    """The run or weights a stage takes, and the line that says which.
+
+    Args:
+        kind: `finetune` or `pretrain`, what the workspace is asked for.
+        given: `--checkpoint`; the workspace's newest without it.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if given is not None:
+        if not Path(given).exists():
+            raise UsageError(f"--checkpoint {given}: there is no such file or folder; give a run or its weights.")
+        return str(given), f"Checkpoint: {given} (--checkpoint)."
+    entry = Workspace.here().require(kind, "--checkpoint", **({"task": task} if task else {}))
+    what = {"finetune": "fine-tuning", "pretrain": "pre-training"}[kind]
+    return entry.path, f"Checkpoint: {entry.path} (the newest {what}{f' for {task}' if task else ''})."
+
+
+def load(source: str | Path, device: torch.device, overrides: Sequence[str] = (), seed: int | None = None) -> Loaded:
+    """Load a run (or weights of ours) with the settings saved beside it, changed by `--set` where weights allow.
+
+    Raises:
+        UsageError: a `--set` of what the weights have decided.
+    """
+    from diffmae_video.data.shards import sha256_of
+    from diffmae_video.models.weights import load_model
+
+    model = load_model(source)
+    settings = settings_beside(source, model, overrides, seed)
+    file = Path(source) / "weights.safetensors" if Path(source).is_dir() else Path(source)
+    model.eval().requires_grad_(False)
+    return Loaded(model.to(device), settings, dict(model.info), sha256_of(file), device)
+
+
+def load_classifier(
+    source: str | Path, device: torch.device, overrides: Sequence[str] = (), seed: int | None = None
+) -> Loaded:
+    """Like `load`, for a model that classifies.
+
+    Raises:
+        DataError: the weights are those of a pre-training.
+    """
+    loaded = load(source, device, overrides, seed)
+    if loaded.info.get("kind") != "classifier" or not loaded.classes:
+        raise DataError(f"{source} is no classifier; fine-tune it first with `diffmae finetune --task NAME`.")
+    return loaded
+
+
+def settings_beside(
+    source: str | Path, model: nn.Module, overrides: Sequence[str] = (), seed: int | None = None
+) -> Settings:
+    """Settings of the run that made a model: config.toml beside its weights, or what model.json tells."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if (folder / "config.toml").is_file():
+        settings = read_settings(folder / "config.toml")
+    else:
+        settings = Settings(model=model.encoder.settings)
+    changed = override_settings(settings, overrides, seed)
+    for name in FIXED_BY_WEIGHTS:
+        before, after = getattr(settings.model, name), getattr(changed.model, name)
+        if before != after:
+            raise UsageError(f"--set model.{name}={after}: the weights of {source} have {before}; leave it out.")
+    return changed
