@@ -1,0 +1,164 @@
+"""The encoder: a plain ViT over visible space-time patches, the same for images, clips, pre-training and recognition.
+
+Letters: B batch, C channels, T H W frames and pixels, t p tubelet and patch, N tokens, V visible tokens, D width,
+P = t * p * p * C values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffmae_video.config import ModelSettings
+from diffmae_video.models.layers import Block, Positions, initialize, seeded
+from diffmae_video.models.patches import gather_tokens, grid_shape, patchify
+from diffmae_video.models.presets import resolve
+
+
+class PatchEmbed(nn.Module):
+    """Patch vectors to tokens with one matrix product; the weight keeps the shape of the Conv3d it equals."""
+
+    def __init__(self, width: int, tubelet: int, patch: int, channels: int = 3) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, (tubelet, patch, patch), stride=(tubelet, patch, patch))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches (B, K, P) ordered (t, p, p, C) -> (B, K, D)."""
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Plain ViT. It sees the patches it is given and nothing else: no timestep, no masked pixel.
+
+    Args:
+        model: sizes and options; only the encoder's are read.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, model: ModelSettings, seed: int = 0) -> None:
+        super().__init__()
+        self.settings = model
+        self.width, self.depth, self.heads = width, depth, heads = resolve(model)
+        self.num_features = self.embed_dim = width  # timm's names
+        self.tubelet, self.patch = model.tubelet, model.patch
+        self.shape = grid_shape(model.frames, *model.size, model.tubelet, model.patch)
+        self.grad_checkpointing = False
+        with seeded(seed):
+            self.patch_embed = PatchEmbed(width, model.tubelet, model.patch)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.class_token else None
+            self.positions = Positions(model.positions, self.shape, width)
+            rates = torch.linspace(0, model.drop_path, depth).tolist()
+            self.blocks = nn.ModuleList(
+                Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
+            )
+            self.norm = nn.LayerNorm(width, eps=model.layer_norm_eps)
+            self.apply(initialize)
+            if self.cls_token is not None:
+                nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(
+        self, clips: Tensor, visible: Tensor | None = None, valid: Tensor | None = None, norm: bool = True
+    ) -> Tensor:
+        """Tokens of clips.
+
+        Args:
+            clips: float (B, C, T, H, W), normalised; T = 1 is an image. Other sizes than the settings' are fine if
+                they divide into patches: positions are resized.
+            visible: int64 (B, V) tokens to encode; all of them by default.
+            valid: bool (B, V), False on padding of `visible`.
+            norm: apply the last norm.
+
+        Returns:
+            (B, V, D), or (B, 1 + V, D) with a class token.
+        """
+        return self.forward_patches(*self._embeddable(clips, visible), visible, valid, norm=norm)[0]
+
+    def forward_features(self, clips: Tensor) -> Tensor:
+        """All tokens of clips (B, C, T, H, W), after the last norm (timm's name)."""
+        return self(clips)
+
+    def forward_intermediates(
+        self, clips: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final tokens and the outputs of some blocks (timm's name).
+
+        Args:
+            indices: block numbers, or how many of the last ones; all by default.
+            norm: pass each through the last norm.
+        """
+        if indices is None or isinstance(indices, int):
+            indices = range(self.depth - (indices or self.depth), self.depth)
+        indices = [index % self.depth for index in indices]
+        patches, shape = self._embeddable(clips, None)
+        tokens, features = self.forward_patches(patches, shape, None, None, indices)
+        return tokens, [self.norm(features[index]) if norm else features[index] for index in indices]
+
+    def forward_patches(
+        self,
+        patches: Tensor,
+        shape: tuple[int, int, int],
+        index: Tensor | None,
+        valid: Tensor | None = None,
+        keep: Sequence[int] = (),
+        norm: bool = True,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Encode patch vectors that were gathered already.
+
+        Args:
+            patches: (B, V, P).
+            shape: grid (T/t, H/p, W/p) they come from.
+            index: int64 (B, V) their places in it; None when all are there in order.
+            valid: bool (B, V), False on padding.
+            keep: blocks whose outputs to return.
+            norm: apply the last norm.
+
+        Returns:
+            tokens (B, V, D), with the class token first where there is one, and the outputs
+            (B, V, D) of the blocks in `keep`, not normed.
+        """
+        positions = self.positions(shape)  #                         (1, N, D)
+        if index is not None:
+            positions = gather_tokens(positions, index)  #           (B, V, D)
+        x = self.patch_embed(patches) + positions  #                 (B, V, D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+        features: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, valid, use_reentrant=False)
+            else:
+                x = block(x, valid)
+            if number in keep:
+                features[number] = x
+        return self.norm(x) if norm else x, features
+
+    def _embeddable(self, clips: Tensor, visible: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        shape = grid_shape(*clips.shape[2:], self.tubelet, self.patch)
+        patches = patchify(clips, self.tubelet, self.patch)  # (B, N, P)
+        return patches if visible is None else gather_tokens(patches, visible), shape
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must not touch (timm's name)."""
+        tables = {f"positions.{name}" for name, _ in self.positions.named_parameters()}
+        return tables | ({"cls_token"} if self.cls_token is not None else set())
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, Any]:
+        """Which layer each parameter belongs to, for layer-wise decay and freezing (timm's name)."""
+        return {
+            "stem": rf"^{prefix}(cls_token|positions|patch_embed)",
+            "blocks": [(rf"^{prefix}blocks\.(\d+)", None), (rf"^{prefix}norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass (timm's name)."""
+        self.grad_checkpointing = enable

@@ -1,0 +1,131 @@
+"""Saved models: `weights.safetensors` beside `model.json`, which says how to build the module they fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from diffmae_video.config import DiffusionSettings, ModelSettings
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.encoder import Encoder
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+
+
+def save_model(model: DiffMAE | Classifier, directory: Path | str, info: dict[str, Any] | None = None) -> Path:
+    """Write weights.safetensors and model.json into `directory`, each whole or not at all.
+
+    Args:
+        info: free facts for whoever uses the model: classes, data set, recipe, metrics. `model.info` by default.
+
+    Returns:
+        The weights' path.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "classifier" if isinstance(model, Classifier) else "diffmae",
+        "model": model.settings.model_dump(mode="json"),
+    }
+    if isinstance(model, Classifier):
+        description["classifier"] = {
+            "num_classes": model.num_classes,
+            "pool": model.pool,
+            "dropout": model.dropout,
+            "head_init": model.head_init,
+        }
+    else:
+        description["diffusion"] = model.diffusion.model_dump(mode="json")
+    description["info"] = {**model.info, **(info or {}), "kind": description["kind"]}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_atomic(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_atomic(directory / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
+    return directory / WEIGHTS
+
+
+def load_model(path: Path | str) -> DiffMAE | Classifier:
+    """Build the model that `save_model` wrote; its `info` dict comes back as an attribute.
+
+    Args:
+        path: a run's or export's directory, or a file in it.
+
+    Raises:
+        UsageError: there is no saved model.
+        DataError: the files are damaged, or do not fit each other.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (directory / name).is_file():
+            raise UsageError(
+                f"{path} holds no {name}: give the folder of a run, an export or an import (`diffmae import` "
+                "turns other projects' files into one)."
+            )
+    try:
+        description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        if description["format"] > FORMAT:
+            raise DataError(f"{directory / DESCRIPTION} was written by a newer version; update diffmae-video.")
+        model = build_model(description)
+        tensors = safetensors.torch.load_file(directory / WEIGHTS)
+    except (KeyError, TypeError, ValueError, AssertionError, OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"{directory} cannot be read as a model ({error}); copy or save it again.") from error
+    check_tensors(model, tensors, str(directory / WEIGHTS))
+    model.load_state_dict(tensors)
+    return model
+
+
+def build_model(description: dict[str, Any]) -> DiffMAE | Classifier:
+    """The module a model.json describes, with its initial weights."""
+    settings = ModelSettings.model_validate(description["model"])
+    if description["kind"] == "classifier":
+        model: DiffMAE | Classifier = Classifier(Encoder(settings), **description["classifier"])
+    elif description["kind"] == "diffmae":
+        model = DiffMAE(settings, DiffusionSettings.model_validate(description["diffusion"]))
+    else:
+        raise ValueError(f"kind {description['kind']!r} is not one of diffmae, classifier")
+    model.info = dict(description.get("info", {}))
+    return model
+
+
+def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """What keeps tensors from fitting a module: one line each for the missing, the unexpected and the misshapen."""
+    own = model.state_dict()
+    return [
+        *(f"missing {name} {(*own[name].shape,)}" for name in own if name not in tensors),
+        *(f"unexpected {name} {(*tensors[name].shape,)}" for name in tensors if name not in own),
+        *(
+            f"misshapen {name} {(*tensors[name].shape,)} instead of {(*own[name].shape,)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ),
+    ]
+
+
+def check_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise DataError with the whole list unless the tensors fit the module exactly."""
+    problems = tensor_problems(model, tensors)
+    if problems:
+        raise DataError(f"{source} does not fit its model.json: {'; '.join(problems)}; copy or save it again.")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
