@@ -1,5 +1,57 @@
-"""DiffMAE for images and video: pre-training, recognition and inpainting."""
+"""DiffMAE for images and video: pre-training, recognition and inpainting.
+
+The names below are the public Python interface; they load on first use, so that `import diffmae_video` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from diffmae_video._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from diffmae_video.config import Settings, load_settings
+    from diffmae_video.masking import Mask, make_mask, parse_mask
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.models.diffmae import DiffMAE
+    from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
+    from diffmae_video.models.weights import load_model, save_model
+    from diffmae_video.rendering.inpaint import inpaint
+
+_MODULES = {
+    "config": ("Settings", "load_settings"),
+    "masking": ("Mask", "make_mask", "parse_mask"),
+    "models.classifier": ("Classifier",),
+    "models.diffmae": ("DiffMAE",),
+    "models.patches": ("denormalize_pixels", "normalize_pixels"),
+    "models.weights": ("load_model", "save_model"),
+    "rendering.inpaint": ("inpaint",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Classifier",
+    "DiffMAE",
+    "Mask",
+    "Settings",
+    "__version__",
+    "denormalize_pixels",
+    "inpaint",
+    "load_model",
+    "load_settings",
+    "make_mask",
+    "normalize_pixels",
+    "parse_mask",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffmae_video' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"diffmae_video.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
