@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FIXED_BY_WEIGHTS = ("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "qkv_bias")
+FIXED_BY_WEIGHTS += ("positions", "layer_norm_eps", "pixel_norm")
 """Fields of `model` that a checkpoint has decided."""
 
 
@@ -56,13 +57,6 @@ class Loaded:
         with self.autocast():
             logits = self.model(self.prepare(clips))
         return logits.float().softmax(dim=-1)
-
-    def tokens(self, clips: Tensor) -> Tensor:
-        """Patch tokens of clips uint8 (B, T, C, H, W) after the encoder's last norm: (B, N, D) float32."""
-        encoder = self.model.encoder
-        with self.autocast():
-            tokens = encoder.forward_features(self.prepare(clips))  # (B, [1 +] N, D)
-        return tokens[:, 1:].float() if encoder.cls_token is not None else tokens.float()
 
 
 def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tuple[str, str]:

@@ -251,7 +251,7 @@ def _finish(
     from diffmae_video.evaluation.metrics import classification_scores
     from diffmae_video.evaluation.predictions import Predictions
 
-    samples, values, failed, seconds = store.collect()
+    samples, failed, seconds = store.summary()
     found = sum(len(block) for block in dataset.blocks)
     if len(samples) + len(failed) != found:
         raise RuntimeError(f"{found} videos were to be evaluated, {len(samples) + len(failed)} were")
@@ -263,12 +263,13 @@ def _finish(
             f"{len(failed)} of {found} videos cannot be read, more than data.max_bad_fraction allows; the first is "
             f"{key} ({reason.rstrip('.')}); repair the shards or raise data.max_bad_fraction: what is done is kept."
         )
-    labels = torch.tensor([int(table.label[index]) for index in samples.tolist()])
-    keys = [table.key(index) for index in samples.tolist()]
+    labels = torch.tensor([int(table.label[index]) for index in samples])
+    keys = [table.key(index) for index in samples]
+    values = {views: store.collect(views) for views in map(str, dataset.settings.protocols)}
     predictions = Predictions(keys, labels, manifest.classes, values)
     scores = {
         views: classification_scores(values[views], labels, bootstrap=settings.evaluate.bootstrap, seed=settings.seed)
-        for views in map(str, dataset.settings.protocols)
+        for views in values
     }
     last = _last(scores)
     report = {

@@ -148,6 +148,7 @@ def run_pass(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    dtype: torch.dtype = torch.float32,
     advance: Callable[[int, int], None] = lambda videos, failed: None,
 ) -> None:
     """Compute the blocks of this process that no run has finished yet, and put each video's result into the store.
@@ -155,6 +156,7 @@ def run_pass(
     Args:
         forward: clips uint8 (B, T, C, H, W) on the device -> rows (B, ...) float32 that are averaged over views.
         batch_views: most views in one call of `forward`.
+        dtype: what the means are stored as.
         advance: told after each block how many videos it held and how many of them failed.
 
     Stored for each video, under the name of each protocol: the mean of its views' rows.
@@ -183,7 +185,7 @@ def run_pass(
         for sample, video in decoded:
             own = flat[start : start + len(video.plan.views)].double()  # (views, ...)
             start += len(own)
-            means = (own[list(members)].mean(dim=0).float() for members in video.plan.members)
+            means = (own[list(members)].mean(dim=0).to(dtype) for members in video.plan.members)
             results[sample] = dict(zip(names, means, strict=True))
         failed = {sample: reason for sample, reason in videos if isinstance(reason, str)}
         store.add(int(block), results, failed)

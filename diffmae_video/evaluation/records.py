@@ -30,7 +30,7 @@ class Part:
     """Some finished blocks."""
 
     blocks: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)  # index within the split of each row of the tensors
+    samples: list[int] = field(default_factory=list)  # of each row of the tensors: index within the split
     tensors: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> one row per sample
     failed: dict[int, str] = field(default_factory=dict)  # sample -> reason
     seconds: float = 0.0
@@ -49,7 +49,7 @@ class PassStore:
 
     def done(self) -> set[int]:
         """Blocks that some process, now or in an earlier run, has finished."""
-        return {block for _, metadata in self._read_metadata() for block in metadata["blocks"]}
+        return {block for _, part in self._read_parts() for block in part["blocks"]}
 
     def add(self, block: int, rows: dict[int, dict[str, Tensor]], failed: dict[int, str]) -> None:
         """Take the results of a block: for each sample its named tensors, and the samples that failed, with reasons."""
@@ -71,11 +71,11 @@ class PassStore:
             return
         metadata = {
             "blocks": part.blocks,
+            "samples": part.samples,
             "failed": {str(sample): reason for sample, reason in part.failed.items()},
             "seconds": now - self._since,
         }
-        tensors = {f"value.{name}": torch.stack(rows) for name, rows in part.tensors.items()}
-        tensors["samples"] = torch.tensor(part.samples, dtype=torch.int64)
+        tensors = {name: torch.stack(rows) for name, rows in part.tensors.items()}
         path = self.folder / f"rank{self.rank:04d}-{self._number:06d}.safetensors"
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"part": json.dumps(metadata)})
@@ -85,33 +85,35 @@ class PassStore:
         self._number += 1
         self._pending, self._since = Part(), now
 
-    def collect(self) -> tuple[Tensor, dict[str, Tensor], dict[int, str], float]:
-        """Everything finished, in sample order.
+    def summary(self) -> tuple[list[int], dict[int, str], float]:
+        """Finished samples ascending, failed samples with reasons, and seconds over all processes and runs."""
+        samples, failed, seconds = [], {}, 0.0
+        for _, part in self._read_parts():
+            samples += part["samples"]
+            failed.update({int(sample): reason for sample, reason in part["failed"].items()})
+            seconds += part["seconds"]
+        return sorted(samples), failed, seconds
 
-        Returns:
-            samples (n,) int64 ascending, tensors by name with n rows each, failed samples with reasons, and the
-            seconds spent over all processes and runs.
-        """
-        samples, parts, failed, seconds = [], {}, {}, 0.0
-        for path, metadata in self._read_metadata():
-            failed.update({int(sample): reason for sample, reason in metadata["failed"].items()})
-            seconds += metadata["seconds"]
-            with safe_open(path, framework="pt") as file:
-                rows = file.get_tensor("samples")
-                samples.append(rows)
-                if rows.numel():  # a part in which every sample failed has no values
-                    for name in file.keys():  # noqa: SIM118  (not a dict)
-                        if name.startswith("value."):
-                            parts.setdefault(name[len("value.") :], []).append(file.get_tensor(name))
-        order = torch.cat(samples) if samples else torch.zeros(0, dtype=torch.int64)
-        order, index = order.sort()
-        return order, {name: torch.cat(rows)[index] for name, rows in parts.items()}, failed, seconds
+    def rows(self, name: str) -> Iterator[tuple[list[int], Tensor]]:
+        """The rows of a named tensor, part by part: (samples, tensor with one row each)."""
+        for path, part in self._read_parts():
+            if part["samples"]:  # a part in which every sample failed has no values
+                with safe_open(path, framework="pt") as file:
+                    yield part["samples"], file.get_tensor(name)
+
+    def collect(self, name: str) -> Tensor:
+        """All rows of a named tensor, in sample order."""
+        found = list(self.rows(name))
+        if not found:
+            return torch.zeros(0)
+        order = torch.tensor([sample for samples, _ in found for sample in samples]).argsort()
+        return torch.cat([rows for _, rows in found])[order]
 
     def remove(self) -> None:
         """Delete the parts, once the result of the pass has been written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read_metadata(self) -> Iterator[tuple[Path, dict]]:
+    def _read_parts(self) -> Iterator[tuple[Path, dict]]:
         seen: set[int] = set()
         for path in sorted(self.folder.glob("rank*.safetensors")):
             try:

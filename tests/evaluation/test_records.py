@@ -19,10 +19,11 @@ def test_collects_in_sample_order_over_writers(tmp_path: Path) -> None:
     second.add(1, rows_of(2, 3), {})
     first.add(0, rows_of(0), {1: "cut short"})
     first.flush(), second.flush()
-    samples, values, failed, seconds = first.collect()
-    assert samples.tolist() == [0, 2, 3]
-    assert values["a"].tolist() == [[0, 1], [2, 1], [3, 1]]
-    assert values["b"].tolist() == [0, 4, 6]
+    samples, failed, seconds = first.summary()
+    assert samples == [0, 2, 3]
+    assert first.collect("a").tolist() == [[0, 1], [2, 1], [3, 1]]
+    assert first.collect("b").tolist() == [0, 4, 6]
+    assert [rows.shape for _, rows in first.rows("a")] == [(1, 2), (2, 2)]
     assert failed == {1: "cut short"}
     assert seconds >= 0
     assert first.done() == {0, 1}
@@ -37,7 +38,7 @@ def test_only_flushed_blocks_are_done_after_a_kill(tmp_path: Path, monkeypatch) 
     assert again.done() == {0}
     again.add(1, rows_of(2), {})
     again.flush()
-    assert again.collect()[0].tolist() == [0, 1, 2]
+    assert again.summary()[0] == [0, 1, 2]
 
 
 def test_other_work_has_other_parts_and_remove_cleans_up(tmp_path: Path) -> None:
@@ -58,8 +59,8 @@ def test_damaged_parts_are_computed_again(tmp_path: Path) -> None:
     part = sorted(store.folder.glob("*.safetensors"))[0]
     part.write_bytes(part.read_bytes()[:-3])
     assert PassStore(tmp_path, "f").done() == {1}
-    samples, values, failed, _ = store.collect()
-    assert (samples.numel(), values, failed) == (0, {}, {1: "no video stream"})
+    assert store.summary()[:2] == ([], {1: "no video stream"})
+    assert store.collect("a").numel() == 0
 
 
 def test_a_block_computed_twice_counts_once(tmp_path: Path) -> None:
@@ -67,4 +68,4 @@ def test_a_block_computed_twice_counts_once(tmp_path: Path) -> None:
         store = PassStore(tmp_path, "f", rank=rank)
         store.add(0, rows_of(0, 1), {})
         store.flush()
-    assert store.collect()[0].tolist() == [0, 1]
+    assert store.summary()[0] == [0, 1]
