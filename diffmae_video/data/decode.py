@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import av
 import numpy as np
-
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-
 
 from diffmae_video.data.media import DEFAULT_LIMITS, IMAGE_FORMATS, Limits, demuxer_of, describe, read_bytes, sniff
 from diffmae_video.errors import DataError

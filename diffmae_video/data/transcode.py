@@ -43,7 +43,9 @@ class TranscodeOptions:
     limits: Limits = Limits()
 
 
-def transcode(data: bytes, options: TranscodeOptions, span: tuple[float, float] | None = None) -> tuple[bytes, str, dict]:
+def transcode(
+    data: bytes, options: TranscodeOptions, span: tuple[float, float] | None = None
+) -> tuple[bytes, str, dict]:
     """Bytes, suffix and facts (frames, fps, width, height) of the sample made from one input.
 
     Raises:

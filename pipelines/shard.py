@@ -1,0 +1,485 @@
+"""Turn a folder of clips or images into shards: atomic, idempotent, resumable, on one machine or many.
+
+Inputs are dealt to shards before any work starts, each shard is one job, and a job's bytes depend on its inputs and
+options alone. So any number of workers, a kill at any moment and a rerun, or a Dask cluster all make the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffmae_video._version import __version__
+from diffmae_video.data.datasets import DatasetInfo, dataset_info
+from diffmae_video.data.layouts import Item, Listing, list_samples
+from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, sync_folder, write_file
+from diffmae_video.data.shards import MANIFEST, Manifest, ShardInfo, TarShard, write_manifest
+from diffmae_video.data.transcode import TranscodeOptions, options_from_json, options_to_json
+from diffmae_video.data.workers import POOL
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.pipelines.console import progress, say, table
+from diffmae_video.pipelines.workspace import Workspace
+
+PARTS = ".parts"
+REJECTED = "rejected.jsonl"
+LAYOUT_DATASETS = {"ssv2": "ssv2", "ucf101": "ucf101", "hmdb51": "hmdb51", "imagenet": "imagenet", "kinetics": "k400"}
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a run of `shard` found and wrote; found = written + rejected."""
+
+    path: str
+    dataset: str
+    found: int
+    written: int
+    rejected: dict[str, int]
+    """Rejected inputs by reason."""
+    splits: dict[str, int]
+    classes: list[str]
+    bytes: int
+    seconds: float
+    done_before: int
+    """Shards that were there already."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to make; plain values, so that it travels to other machines."""
+
+    name: str
+    split: str
+    source: str
+    out: str
+    items: tuple[tuple[str, str, int, str | None, float | None, float | None], ...]
+    """path, key, label, class, start, end of each input."""
+    options: dict[str, Any]
+    seconds: float
+    memory: int
+
+    @property
+    def digest(self) -> str:
+        """What the shard's bytes depend on."""
+        text = json.dumps([self.split, self.items, self.options], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shard(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dataset: str | None = None,
+    layout: str | None = None,
+    options: TranscodeOptions | None = None,
+    fold: int = 1,
+    samples_per_shard: int | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    dask: str | None = None,
+    clip_seconds: float = 300.0,
+    clip_memory: int = 6 << 30,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> ShardResult:
+    """Write shards of everything below `source` into `out`.
+
+    Args:
+        source: folder, URL, or a CSV/TSV table (see data/layouts.py).
+        out: new or unfinished folder, or URL.
+        dataset: name or TOML file of the data set; guessed from the layout without it.
+        layout: key of LAYOUTS; the data set's own or a guess without it.
+        options: how inputs become samples.
+        fold: official split of UCF101 and HMDB51.
+        samples_per_shard: without it 16 shards a split, of 16 to 512 samples (8 times that for images).
+        workers: processes on this machine; all cores by default.
+        executor: any concurrent.futures executor instead of the default pool; it is not shut down.
+        dask: address of a Dask scheduler; workers must see the same source and destination.
+        clip_seconds, clip_memory: limits of one input: wall clock, and bytes of address space.
+        overwrite: replace shards made from other input or with other options.
+        dry_run: list and count, make nothing.
+
+    Raises:
+        DataError: nothing was found, or nothing at all could be written, or the disk is full.
+        UsageError: `out` holds the result of other input or options.
+    """
+    begun = time.monotonic()
+    source, out = _absolute(str(source)), _absolute(str(out))
+    options = options or TranscodeOptions()
+    info = dataset_info(dataset) if dataset and _is_known(dataset) else None
+    listing = list_samples(source, layout or (info.layout if info else "auto"), options.kind, fold)
+    name = info.name if info else dataset or _guess_dataset(listing, source)
+    listing_digest = _digest(listing)
+    jobs = _deal(listing, source, out, options, samples_per_shard, clip_seconds, clip_memory)
+    found = len(listing.items) + len(listing.rejected)
+    say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
+    if dry_run:
+        splits = dict(Counter(item.split for item in listing.items))
+        return ShardResult(out, name, found, 0, {}, splits, listing.classes, 0, 0.0, 0)
+
+    record = {
+        "version": __version__,
+        "source": source,
+        "layout": listing.layout,
+        "options": options_to_json(options),
+        "samples_per_shard": [len(job.items) for job in jobs[:1]],
+        "inputs": found,
+        "digest": listing_digest,
+        "jobs": hashlib.sha256("".join(job.name + job.digest for job in jobs).encode()).hexdigest(),
+    }
+    finished = _compare(out, record, overwrite)
+    if finished:
+        say(f"Nothing to do: {out} was made from this input with these options.")
+        return _result(finished, name, begun, len(jobs))
+    write_file(join(_parts(out), "run.json"), json.dumps(record, indent=1).encode())
+
+    pool, own = _executor(executor, dask, workers)
+    reports: dict[str, dict[str, Any]] = {}
+    try:
+        futures = {pool.submit(run_job, job): job for job in jobs}
+        with progress(len(listing.items), "shard", "clips" if options.kind == "video" else "images") as line:
+            bad = 0
+            for future in as_completed(futures):
+                report = future.result()
+                reports[futures[future].name] = report
+                bad += len(report["rejected"])
+                line.update(len(futures[future].items), rejected=bad + len(listing.rejected))
+    except (BrokenProcessPool, CancelledError) as error:
+        raise DataError(f"A worker of the executor died ({error}); run again, finished shards are kept.") from error
+    except BaseException:
+        _stop.set()  # threads leave after their present clip
+        POOL.close(kill=True)
+        raise
+    finally:
+        if own:
+            pool.shutdown(wait=True, cancel_futures=True)
+            POOL.close()
+        _stop.clear()
+    return _finish(out, name, info, listing, jobs, reports, record, begun)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Make one shard, or find it made. Returns {info, rows, rejected, skipped}; runs on any machine."""
+    part = join(_parts(job.out), f"{job.name}.json")
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        report = json.loads(read_file(part))
+        if report["digest"] == job.digest and _is_there(job.out, report["info"]):
+            return report | {"skipped": True}
+    options = options_from_json(job.options)
+    worker = POOL.take(job.seconds, job.memory)
+    rejected: list[dict[str, str]] = []
+    folder = None if is_remote(job.out) else _parts(job.out)
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{job.name}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            sink = _Hashing(file)
+            tar = TarShard(sink)
+            for path, key, label, class_name, start, end in job.items:
+                if _stop.is_set():
+                    raise CancelledError("interrupted")
+                span = (start, end) if start is not None and end is not None else None
+                outcome = worker.run(join(job.source, path), options, span)
+                if outcome.kind:
+                    rejected.append({"path": path, "reason": outcome.kind, "detail": outcome.error})
+                    continue
+                meta = outcome.meta | {"label": label, "class": class_name, "source": path}
+                if span:
+                    meta["span"] = [start, end]
+                tar.add(key, outcome.suffix, outcome.data, meta)
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+        info = None
+        if tar.rows:
+            info = asdict(ShardInfo(job.name, job.split, sink.size, sink.digest.hexdigest(), len(tar.rows)))
+            _publish(temporary, job.out, job.name)
+        report = {"digest": job.digest, "info": info, "rows": tar.rows, "rejected": rejected}
+        write_file(part, json.dumps(report).encode())
+        return report | {"skipped": False}
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"The disk of {job.out} is full; free space and run again, finished shards stay."
+            ) from error
+        raise
+    finally:
+        POOL.give(worker)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+_stop = threading.Event()
+
+
+class _Hashing:
+    """A file that knows the checksum and size of what went through it."""
+
+    def __init__(self, file: Any):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def _publish(temporary: str, out: str, name: str) -> None:
+    if is_remote(out):
+        files, inner = filesystem(join(out, name))
+        retry(lambda: files.put_file(temporary, inner), f"Uploading {name}")
+        return
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, join(out, name))
+    sync_folder(out)
+
+
+def _is_there(out: str, info: dict[str, Any] | None) -> bool:
+    if info is None:
+        return True
+    path = join(out, info["name"])
+    if is_remote(path):
+        files, inner = filesystem(path)
+        with contextlib.suppress(FileNotFoundError):
+            return retry(lambda: files.size(inner), f"Looking at {path}") == info["bytes"]
+        return False
+    return os.path.exists(path) and os.path.getsize(path) == info["bytes"]
+
+
+def _parts(out: str) -> str:
+    return join(out, PARTS)
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path.removeprefix("file://"))
+
+
+def _is_known(dataset: str) -> bool:
+    from diffmae_video.data.datasets import dataset_names
+
+    return dataset in dataset_names() or dataset.endswith(".toml") or os.sep in dataset
+
+
+def _guess_dataset(listing: Listing, source: str) -> str:
+    from diffmae_video.data.synthetic import CLASSES
+
+    if set(listing.classes) == set(CLASSES):
+        return "demo"
+    known = LAYOUT_DATASETS.get(listing.layout)
+    if known:
+        return known
+    name = source.rstrip("/").rpartition("/")[2]
+    return name.rsplit(".", 1)[0] or "clips"
+
+
+def _digest(listing: Listing) -> str:
+    rows = [asdict(item) for item in listing.items] + [asdict(one) for one in listing.rejected]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _deal(
+    listing: Listing,
+    source: str,
+    out: str,
+    options: TranscodeOptions,
+    per_shard: int | None,
+    seconds: float,
+    memory: int,
+) -> list[Job]:
+    label = {name: number for number, name in enumerate(listing.classes)}
+    splits: dict[str, list[Item]] = {}
+    for item in listing.items:
+        splits.setdefault(item.split, []).append(item)
+    if source.lower().endswith((".csv", ".tsv")):
+        source = source.rpartition("/")[0]
+    wire, jobs = options_to_json(options), []
+    for split, items in splits.items():
+        most = 512 * (8 if options.kind == "image" else 1)
+        size = per_shard or max(16, min(most, -(-len(items) // 16)))
+        for number, start in enumerate(range(0, len(items), size)):
+            rows = tuple(
+                (item.path, item.key, -1 if item.label is None else label[item.label], item.label, item.start, item.end)
+                for item in items[start : start + size]
+            )
+            jobs.append(Job(f"{split}-{number:06d}.tar", split, source, out, rows, wire, seconds, memory))
+    return jobs
+
+
+def _compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Look at what `out` holds: None to go on, the manifest's body when everything is done already."""
+    if is_remote(out):
+        files, inner = filesystem(out)
+        names = {path.rstrip("/").rpartition("/")[2] for path in files.find(inner)} if files.exists(inner) else set()
+    else:
+        if os.path.isfile(out):
+            raise UsageError(f"{out} is a file; name a folder for the shards.")
+        names = set(os.listdir(out)) if os.path.isdir(out) else set()
+    before, body = None, None
+    if MANIFEST in names:
+        body = json.loads(read_file(join(out, MANIFEST)))
+        before = body.get("facts", {})
+    else:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(read_file(join(_parts(out), "run.json")))
+    if before is None and any(name.endswith(".tar") for name in names) and not overwrite:
+        raise UsageError(f"{out} holds tars that this command did not make; name another folder or give --overwrite.")
+    if before is not None and before.get("jobs") != record["jobs"]:
+        if not overwrite:
+            changed = _changes(before, record)
+            raise UsageError(f"{out} holds other shards: {changed}; name another folder or give --overwrite.")
+        body = None
+        _clear(out)
+    elif before is None and overwrite:
+        _clear(out)
+    if body is not None and all(_is_there(out, info) for info in body["shards"]):
+        return body
+    if not is_remote(out):
+        os.makedirs(_parts(out), exist_ok=True)
+        for leftover in Path(_parts(out)).glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    return None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    told = []
+    if before.get("source") != now["source"]:
+        told.append(f"the source was {before.get('source')}")
+    if before.get("digest") != now["digest"]:
+        told.append(f"the input changed ({before.get('inputs')} files then, {now['inputs']} now)")
+    old = before.get("options") or {}
+    told += [
+        f"{name} was {old.get(name)}, is {value}" for name, value in now["options"].items() if old.get(name) != value
+    ]
+    return ", ".join(told) or "the number of samples per shard changed"
+
+
+def _clear(out: str) -> None:
+    """Remove what a former run left, and nothing else."""
+    if is_remote(out):
+        files, inner = filesystem(out)
+        mine = [
+            p for p in files.find(inner) if p.endswith(".tar") or f"/{PARTS}/" in p or p.endswith((MANIFEST, REJECTED))
+        ]
+        for path in mine:
+            files.rm_file(path)
+        return
+    for path in Path(out).glob("*.tar"):
+        path.unlink()
+    for name in (MANIFEST, REJECTED, "samples.parquet"):
+        Path(out, name).unlink(missing_ok=True)
+    shutil.rmtree(_parts(out), ignore_errors=True)
+
+
+def _executor(executor: Executor | None, dask: str | None, workers: int | None) -> tuple[Executor, bool]:
+    if executor is not None:
+        return executor, False
+    if dask:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise UsageError("--dask needs the package distributed: pip install 'diffmae-video[dask]'.") from error
+        try:
+            return Client(dask, timeout="10s", set_as_default=False).get_executor(retries=3), True
+        except OSError as error:
+            raise UsageError(f"--dask {dask}: no scheduler answers there ({error}); check the address.") from error
+    count = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
+    return ThreadPoolExecutor(count or 1, thread_name_prefix="shard"), True  # each thread drives a process of its own
+
+
+def _finish(
+    out: str,
+    name: str,
+    info: DatasetInfo | None,
+    listing: Listing,
+    jobs: Sequence[Job],
+    reports: dict[str, dict[str, Any]],
+    record: dict[str, Any],
+    begun: float,
+) -> ShardResult:
+    rejected = [asdict(one) for one in listing.rejected]
+    shards = []
+    for job in jobs:
+        report = reports[job.name]
+        rejected += [{"path": one["path"], "split": job.split, **one} for one in report["rejected"]]
+        if report["info"]:
+            shards.append((ShardInfo(**report["info"]), report["rows"]))
+    rejected.sort(key=lambda one: (one["split"], one["path"]))
+    lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in rejected)
+    write_file(join(out, REJECTED), lines.encode())
+    reasons = dict(sorted(Counter(one["reason"] for one in rejected).items()))
+    written = sum(len(rows) for _, rows in shards)
+    if not written:
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise DataError(
+            f"None of {len(rejected)} inputs became a sample ({told}); {join(out, REJECTED)} says why of each."
+        )
+    facts = record | {"counts": {"found": record["inputs"], "written": written, "rejected": reasons}}
+    write_manifest(
+        out,
+        dataset=name,
+        kind=options_from_json(record["options"]).kind,
+        classes=listing.classes,
+        shards=shards,
+        facts=facts,
+        directional=info.directional if info else None,
+    )
+    if is_remote(out):
+        files, inner = filesystem(_parts(out))
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(inner, recursive=True)
+    else:
+        shutil.rmtree(_parts(out), ignore_errors=True)
+    skipped = sum(reports[job.name]["skipped"] for job in jobs)
+    return _result(json.loads(read_file(join(out, MANIFEST))), name, begun, skipped)
+
+
+def _result(body: dict[str, Any], name: str, begun: float, done_before: int) -> ShardResult:
+    counts = body["facts"]["counts"]
+    return ShardResult(
+        path=body["facts"].get("out", ""),
+        dataset=body["dataset"],
+        found=counts["found"],
+        written=counts["written"],
+        rejected=counts["rejected"],
+        splits=body["splits"],
+        classes=body["classes"],
+        bytes=sum(one["bytes"] for one in body["shards"]),
+        seconds=time.monotonic() - begun,
+        done_before=done_before,
+    )
+
+
+def shard_and_record(source: str | Path, out: str | Path, **arguments: Any) -> ShardResult:
+    """`shard`, then tell the workspace and the user."""
+    result = shard(source, out, **arguments)
+    if arguments.get("dry_run"):
+        table("Plan", ["split", "inputs"], [[split, count] for split, count in result.splits.items()])
+        return result
+    Workspace.here().record("shards", str(out), dataset=result.dataset, kind=Manifest.load(str(out)).kind)
+    print_result(result, str(out))
+    return result
+
+
+def print_result(result: ShardResult, out: str) -> None:
+    """One table and one sentence."""
+    rows = [["found", result.found], ["written", result.written]]
+    rows += [[f"rejected: {reason}", count] for reason, count in result.rejected.items()]
+    table(f"{out} ({result.dataset})", ["", "inputs"], rows)
+    splits = ", ".join(f"{split} {count}" for split, count in result.splits.items())
+    lost = sum(result.rejected.values())
+    why = f" {lost} inputs were rejected, {os.path.join(out, REJECTED)} says why." if lost else ""
+    size = f"{result.bytes / 2**20:.1f} MiB"
+    say(f"Wrote {result.written} samples ({splits}; {size}) in {result.seconds:.1f} s.{why}")
