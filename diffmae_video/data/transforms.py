@@ -1,0 +1,292 @@
+"""Augmentation of a clip: one set of draws for all its frames, from a generator of its own.
+
+Crops are chosen as boxes (`ClipTransform.box`), so that the decoder can crop and scale inside swscale; everything else
+works on uint8 (T, C, H, W) with torchvision's v2 functions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import diffmae_video.compat  # noqa: F401
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tv
+
+from diffmae_video.config import DataSettings
+from diffmae_video.errors import UsageError
+
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels."""
+
+
+def build_transforms(
+    data: DataSettings, size: tuple[int, int], training: bool, directional: bool = False
+) -> ClipTransform:
+    """The transform that the recipe describes.
+
+    Args:
+        data: crop, flip, colour, RandAugment and erasing settings.
+        size: height and width of the result.
+        training: False takes the largest centred box and changes nothing else.
+        directional: labels tell left from right, so nothing is flipped.
+    """
+    if not training:
+        return ClipTransform(size, crop="center")
+    return ClipTransform(
+        size,
+        crop=data.crop,
+        area=data.crop_area,
+        aspect=data.crop_aspect,
+        flip=0.0 if directional else data.flip,
+        jitter=data.color_jitter,
+        rand_augment=parse_rand_augment(data.rand_augment) if data.rand_augment else None,
+        erasing=data.erasing,
+    )
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """RandAugment in timm's terms: `layers` operations of strength `magnitude` (0..10), each with probability 1/2."""
+
+    magnitude: float = 9.0
+    layers: int = 2
+    deviation: float = 0.0
+    probability: float = 0.5
+
+
+def parse_rand_augment(text: str) -> RandAugment:
+    """Read timm's notation: `rand-m7-n4-mstd0.5-inc1`.
+
+    Raises:
+        UsageError: it is not that.
+    """
+    fields = {"m": 9.0, "n": 2.0, "mstd": 0.0, "p": 0.5, "inc": 1.0}
+    name, *parts = text.split("-")
+    for part in parts:
+        match = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part)
+        if not match:
+            raise UsageError(f"data.rand_augment = {text}: {part!r} is not known; write rand-m7-n4-mstd0.5-inc1.")
+        fields[match[1]] = float(match[2])
+    if name != "rand" or fields["inc"] != 1:
+        raise UsageError(f"data.rand_augment = {text}: write it like rand-m7-n4-mstd0.5-inc1 (inc1 always).")
+    return RandAugment(fields["m"], int(fields["n"]), fields["mstd"], fields["p"])
+
+
+class ClipTransform:
+    """Crop, scale and augment a clip; see `build_transforms`.
+
+    Calling it does all on a decoded clip. A decoder that crops by itself takes `box` first and `augment` after.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        crop: str = "center",
+        area: tuple[float, float] = (0.5, 1.0),
+        aspect: tuple[float, float] = (0.75, 4 / 3),
+        flip: float = 0.0,
+        jitter: float = 0.0,
+        rand_augment: RandAugment | None = None,
+        erasing: float = 0.0,
+    ):
+        self.size, self.crop, self.area, self.aspect = size, crop, area, aspect
+        self.flip, self.jitter, self.rand_augment, self.erasing = flip, jitter, rand_augment, erasing
+
+    def __call__(self, clip: Tensor, generator: torch.Generator | int) -> Tensor:
+        """Transform one clip, uint8 (T, C, H, W) of any size -> uint8 (T, C, h, w)."""
+        generator = as_generator(generator)
+        left, top, width, height = self.box(clip.shape[-1], clip.shape[-2], generator)
+        clip = tv_tensors.Video(clip[..., top : top + height, left : left + width])
+        clip = tv.resize(clip, list(self.size), antialias=True)  # (T, C, h, w)
+        return self.augment(clip, generator)
+
+    def box(self, width: int, height: int, generator: torch.Generator) -> Box:
+        """Choose a crop of a frame of `width` x `height` pixels."""
+        if self.crop == "random_resized":
+            return self._random_resized(width, height, generator)
+        if self.crop == "multi_scale":
+            return self._multi_scale(width, height, generator)
+        rows, columns = self.size
+        if self.crop == "random" and rows <= height and columns <= width:  # pixels as they are
+            left = _integer(width - columns + 1, generator)
+            return left, _integer(height - rows + 1, generator), columns, rows
+        scale = min(width / columns, height / rows)
+        columns, rows = max(1, round(columns * scale)), max(1, round(rows * scale))
+        if self.crop == "random":
+            return _integer(width - columns + 1, generator), _integer(height - rows + 1, generator), columns, rows
+        return (width - columns) // 2, (height - rows) // 2, columns, rows
+
+    def _random_resized(self, width: int, height: int, generator: torch.Generator) -> Box:
+        low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
+        for _ in range(10):  # Inception crop, as torchvision's RandomResizedCrop draws it
+            target = width * height * _uniform(*self.area, generator)
+            ratio = math.exp(_uniform(low, high, generator))
+            columns, rows = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+            if 0 < columns <= width and 0 < rows <= height:
+                left = _integer(width - columns + 1, generator)
+                return left, _integer(height - rows + 1, generator), columns, rows
+        ratio = min(max(width / height, self.aspect[0]), self.aspect[1])
+        columns, rows = min(width, round(height * ratio)), min(height, round(width / ratio))
+        return (width - columns) // 2, (height - rows) // 2, max(1, columns), max(1, rows)
+
+    def _multi_scale(self, width: int, height: int, generator: torch.Generator) -> Box:
+        """Corners, centre and the points between, at four scales (Wang et al., TSN, 2016)."""
+        base, scales = min(width, height), (1.0, 0.875, 0.75, 0.66)
+        pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+        across, down = pairs[_integer(len(pairs), generator)]
+        columns, rows = max(1, round(base * across)), max(1, round(base * down))
+        grid = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
+        x, y = grid[_integer(len(grid), generator)]
+        return (width - columns) * x // 4, (height - rows) * y // 4, columns, rows
+
+    def augment(self, clip: Tensor, generator: torch.Generator) -> Tensor:
+        """Flip, RandAugment, colour jitter and erasing on a cropped clip, uint8 (T, C, h, w)."""
+        if self.flip and _uniform(0, 1, generator) < self.flip:
+            clip = clip.flip(-1)
+        if self.rand_augment:
+            clip = apply_rand_augment(clip, self.rand_augment, generator)
+        if self.jitter:
+            for adjust in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
+                clip = adjust(clip, _uniform(max(0.0, 1 - self.jitter), 1 + self.jitter, generator))
+        if self.erasing and _uniform(0, 1, generator) < self.erasing:
+            clip = erase(clip, generator)
+        return clip.as_subclass(Tensor)
+
+
+def erase(clip: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill one box, the same in all frames, with noise (Zhong et al., 2017; area 1/50..1/3, aspect 0.3..3.3)."""
+    height, width = clip.shape[-2:]
+    for _ in range(10):
+        target = height * width * _uniform(0.02, 1 / 3, generator)
+        ratio = math.exp(_uniform(math.log(0.3), math.log(10 / 3), generator))
+        rows, columns = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < rows < height and 0 < columns < width:
+            top, left = _integer(height - rows + 1, generator), _integer(width - columns + 1, generator)
+            clip = clip.clone()
+            shape = (*clip.shape[:-2], rows, columns)
+            noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            clip[..., top : top + rows, left : left + columns] = noise
+            return clip
+    return clip
+
+
+def apply_rand_augment(clip: Tensor, settings: RandAugment, generator: torch.Generator) -> Tensor:
+    """RandAugment with timm's `inc1` operations and ranges, one draw for all frames (Cubuk et al., 2019)."""
+    clip = tv_tensors.Video(clip)
+    for _ in range(settings.layers):
+        name = _OPERATIONS[_integer(len(_OPERATIONS), generator)]
+        strength = settings.magnitude
+        if settings.deviation:
+            strength += settings.deviation * torch.randn((), generator=generator).item()
+        strength = min(max(strength, 0.0), 10.0) / 10
+        sign = 1 if _uniform(0, 1, generator) < 0.5 else -1
+        if _uniform(0, 1, generator) < settings.probability:
+            clip = _operate(clip, name, strength, sign)
+    return clip.as_subclass(Tensor)
+
+
+_OPERATIONS = tuple(
+    ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"]
+)
+
+
+def _operate(clip: Tensor, name: str, strength: float, sign: int) -> Tensor:
+    height, width = clip.shape[-2:]
+    grey, bilinear = [128.0] * clip.shape[-3], tv.InterpolationMode.BILINEAR
+    if name == "AutoContrast":
+        return tv.autocontrast(clip)
+    if name == "Equalize":
+        return tv.equalize(clip)
+    if name == "Invert":
+        return tv.invert(clip)
+    if name == "Posterize":
+        return tv.posterize(clip, max(1, 4 - int(strength * 4)))
+    if name == "Solarize":
+        return tv.solarize(clip, 256 - min(256, int(strength * 256)))
+    if name == "SolarizeAdd":
+        return torch.where(clip < 128, (clip.int() + int(strength * 110)).clamp(max=255).to(torch.uint8), clip)
+    if name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        adjust = {"Color": tv.adjust_saturation, "Contrast": tv.adjust_contrast, "Brightness": tv.adjust_brightness}
+        return adjust.get(name, tv.adjust_sharpness)(clip, max(0.1, 1 + sign * 0.9 * strength))
+    angle, shift, shear = 0.0, [0, 0], [0.0, 0.0]
+    if name == "Rotate":
+        angle = sign * 30.0 * strength
+    elif name.startswith("Shear"):
+        shear[name[-1] == "Y"] = math.degrees(math.atan(sign * 0.3 * strength))
+    else:
+        shift[name[-1] == "Y"] = round(sign * 0.45 * strength * (height if name[-1] == "Y" else width))
+    return tv.affine(clip, angle, shift, 1.0, shear, interpolation=bilinear, fill=grey)
+
+
+class MixVideo:
+    """Mixup and CutMix over a batch of clips (Zhang et al., 2018; Yun et al., 2019): one of them, chosen evenly.
+
+    Args:
+        num_classes: width of the soft targets.
+        mixup, cutmix: alpha of the Beta distribution; 0 switches one off.
+        smoothing: label smoothing.
+    """
+
+    def __init__(self, num_classes: int, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1):
+        self.num_classes, self.mixup, self.cutmix, self.smoothing = num_classes, mixup, cutmix, smoothing
+
+    def __call__(self, clips: Tensor, labels: Tensor, generator: torch.Generator | int) -> tuple[Tensor, Tensor]:
+        """Mix each clip with its mirror in the batch.
+
+        Args:
+            clips: float (B, C, T, H, W) or any (B, ..., H, W).
+            labels: int64 (B,).
+            generator: a CPU generator, or its seed.
+
+        Returns:
+            Clips of the same shape, and soft targets float (B, num_classes).
+        """
+        from timm.data.mixup import mixup_target
+
+        generator, share = as_generator(generator), 1.0
+        use_cutmix = self.cutmix > 0 and (self.mixup <= 0 or _uniform(0, 1, generator) < 0.5)
+        alpha = self.cutmix if use_cutmix else self.mixup
+        if alpha > 0 and len(clips) > 1:
+            share = _beta(alpha, generator)
+            other = clips.flip(0)
+            if use_cutmix:
+                height, width = clips.shape[-2:]
+                side = math.sqrt(1 - share)
+                y, x = _integer(height, generator), _integer(width, generator)
+                top, bottom = (min(max(round(y + s * side * height / 2), 0), height) for s in (-1, 1))
+                left, right = (min(max(round(x + s * side * width / 2), 0), width) for s in (-1, 1))
+                clips = clips.clone()
+                clips[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+                share = 1 - (bottom - top) * (right - left) / (height * width)
+            else:
+                clips = clips * share + other * (1 - share)
+        return clips, mixup_target(labels, self.num_classes, share, self.smoothing)
+
+
+def as_generator(generator: torch.Generator | int) -> torch.Generator:
+    """A CPU generator from a seed; generators come back as they are."""
+    if isinstance(generator, torch.Generator):
+        return generator
+    return torch.Generator().manual_seed(int(generator))
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _integer(bound: int, generator: torch.Generator) -> int:
+    return int(torch.randint(0, max(bound, 1), (), generator=generator))
+
+
+def _beta(alpha: float, generator: torch.Generator) -> float:
+    """Beta(alpha, alpha) from two gamma draws."""
+    import numpy as np
+
+    seed = int(torch.randint(0, 2**62, (), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
