@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-FIXED_BY_WEIGHTS = ("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "qkv_bias")
-FIXED_BY_WEIGHTS += ("positions", "layer_norm_eps", "pixel_norm")
+FIXED_BY_WEIGHTS = (
+    *("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "positions"),
+    *("qkv_bias", "layer_norm_eps", "pixel_norm"),
+)
 """Fields of `model` that a checkpoint has decided."""
 
 
