@@ -1,0 +1,345 @@
+"""Checkpoints: written by torch.distributed.checkpoint as safetensors, whole or not there, resharded on load.
+
+A checkpoint is a directory `step-00001000` of safetensors files, one a rank (nothing in it is ever unpickled), and a
+`state.json` with the numbers of the run and the size and SHA-256 of each file. It is written under another name and
+renamed once everything is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from diffmae_video.errors import DataError, DiffmaeError
+from diffmae_video.training.distributed import Distributed
+
+# our runs of one process need no process group
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = 1
+Then = Callable[[dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: where it is and the numbers saved with it."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def step_name(step: int) -> str:
+    """Directory name of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint directories, newest step first (by number, never by time or name)."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_checkpoint(path: Path) -> Found:
+    """Check a checkpoint's files against their sizes and SHA-256.
+
+    Raises:
+        DataError: something is missing or differs.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = state["files"]
+        if state["format"] != FORMAT or not files:
+            raise DataError(
+                f"Checkpoint {path} is of another format ({state['format']}); use the release that wrote it."
+            )
+        for name, (size, digest) in files.items():
+            file = path / name
+            if Path(name).name != name or not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+                raise DataError(f"Checkpoint {path} is damaged in {name}; delete it to use the one before it.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"Checkpoint {path} has no readable state.json ({error}); delete it.") from error
+    return Found(path, state)
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Found | None:
+    """The newest whole checkpoint; damaged ones are skipped, each with a warning."""
+    for path in list_checkpoints(folder):
+        try:
+            return read_checkpoint(path)
+        except DataError as error:
+            warn(f"Skipping {path.name}: {error}")
+    return None
+
+
+def load_tensors(found: Found, tensors: dict[str, Tensor], world: int) -> None:
+    """Fill `tensors` in place from a checkpoint, whatever the number of processes that wrote it.
+
+    Raises:
+        DiffmaeError: a tensor is missing or has another shape.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(found.path))
+    saved = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in saved or tuple(saved[name].size) != tuple(tensor.shape):
+            what = (
+                "is missing" if name not in saved else f"has shape {tuple(saved[name].size)}, not {tuple(tensor.shape)}"
+            )
+            raise DiffmaeError(f"Checkpoint {found.path}: {name} {what}; it belongs to a run with other settings.")
+    unknown = [name for name in saved if name not in tensors and not name.startswith("rng.")]
+    if unknown:
+        raise DiffmaeError(f"Checkpoint {found.path} holds {unknown[0]}, which this run has no place for.")
+    dcp.load(dict(tensors), storage_reader=reader, no_dist=world == 1)
+
+
+class Checkpointer:
+    """Saves checkpoints in a thread while training goes on, and keeps the newest, the best and the chosen ones.
+
+    Args:
+        folder: where the `step-...` directories go.
+        distributed: the processes; each writes its own shards.
+        keep_last: newest checkpoints kept.
+        keep_every: multiples of this many steps are kept for good; 0 for none.
+        mirror: fsspec URL of a folder that receives a copy of each checkpoint (`s3://...`), or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        distributed: Distributed,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        mirror: str | None = None,
+    ) -> None:
+        self.folder = folder
+        self.distributed = distributed
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.mirror = mirror
+        self.best_step: int | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        # collectives of the writing thread must not mix with those of training
+        self._group = dist.new_group(backend="gloo") if distributed.world > 1 else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        if distributed.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(".tmp-*"):  # an interrupted save; the lock of the run says nobody writes now
+                shutil.rmtree(stale, ignore_errors=True)
+        distributed.barrier()
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any], then: Then | None = None) -> None:
+        """Copy everything to host memory, then write in the background. Waits for the save before it.
+
+        Args:
+            tensors: of this rank; tensors that all ranks hold alike are written once.
+            state: numbers of the run, JSON-like; must hold "step".
+            then: called on rank 0 in the writing thread, with the copy, once the checkpoint stands.
+
+        Raises:
+            DiffmaeError: the save before this one failed.
+        """
+        self.wait()
+        copy = self._stager.stage(tensors)
+        self._pending = self._pool.submit(self._write, copy, dict(state), then)
+
+    def poll(self) -> None:
+        """Raise what a finished save raised; return at once where one is under way."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint under way stands."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait and end the writing thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._stager.close()
+
+    def _write(self, tensors: dict[str, Tensor], state: dict[str, Any], then: Then | None) -> None:
+        final = self.folder / step_name(state["step"])
+        temporary = self.folder / f".tmp-{final.name}"
+        error: Exception | None = None
+        try:
+            if self.distributed.main:
+                temporary.mkdir(parents=True, exist_ok=True)
+            self._agree(None)
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            if self.distributed.main:
+                self._finish(temporary, final, state)
+        except Exception as caught:
+            error = caught
+        try:
+            self._agree(error)
+        except Exception as failed:
+            if self.distributed.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise _save_error(failed, final) from failed
+        if self.distributed.main:
+            self._prune(state["step"])
+            if self.mirror:
+                copy_to_mirror(final, self.mirror)
+            if then is not None:
+                try:
+                    then(tensors)
+                except OSError as caught:
+                    raise _save_error(caught, final) from caught
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank brings an error. A collective of the writing threads."""
+        if self._group is None:
+            if error is not None:
+                raise error
+            return
+        texts: list[Any] = [None] * self.distributed.world
+        dist.all_gather_object(texts, None if error is None else _full_text(error), group=self._group)
+        if error is not None:
+            raise error
+        if any(texts):
+            raise DiffmaeError(next(text for text in texts if text))
+
+    def _finish(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
+        files = {}
+        for file in sorted(temporary.glob("*.safetensors")):
+            sync_path(file)
+            files[file.name] = [file.stat().st_size, sha256(file)]
+        write_atomic(temporary / "state.json", json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
+        sync_path(temporary)
+        if final.exists():  # written before by a run that was resumed from an older one
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync_path(self.folder)
+
+    def _prune(self, newest: int) -> None:
+        kept = 0
+        for path in list_checkpoints(self.folder):
+            step = int(path.name[5:])
+            if step > newest:  # left by a timeline that was abandoned (--resume PATH to an older step)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            kept += 1
+            chosen = self.keep_every and step % self.keep_every == 0
+            if kept > self.keep_last and step != self.best_step and not chosen:
+                doomed = path.with_name(f".tmp-old-{path.name}")  # a half-deleted one must not look like a checkpoint
+                with contextlib.suppress(OSError):
+                    os.rename(path, doomed)
+                    shutil.rmtree(doomed)
+
+
+def copy_to_mirror(path: Path, mirror: str) -> None:
+    """Copy a checkpoint to an fsspec folder; state.json goes last, so that a copy without it is no checkpoint."""
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(f"{mirror.rstrip('/')}/{path.name}")
+    filesystem.makedirs(root, exist_ok=True)
+    names = sorted((file.name for file in path.iterdir()), key=lambda name: name == "state.json")
+    for name in names:
+        filesystem.put_file(str(path / name), f"{root}/{name}")
+
+
+def fetch_from_mirror(mirror: str, folder: Path, warn: Callable[[str], None]) -> Found | None:
+    """Bring the newest whole checkpoint of a mirror into `folder`; None where there is none."""
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(mirror.rstrip("/"))
+    if not filesystem.exists(root):
+        return None
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(root, detail=False)]
+    for name in sorted((name for name in names if _NAME.fullmatch(name)), key=lambda name: int(name[5:]), reverse=True):
+        temporary = folder / f".tmp-{name}"
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            for entry in filesystem.ls(f"{root}/{name}", detail=False):
+                filesystem.get_file(entry, str(temporary / entry.rpartition("/")[2]))
+            read_checkpoint(temporary)
+            os.rename(temporary, folder / name)
+            return read_checkpoint(folder / name)
+        except (DataError, OSError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            warn(f"Skipping {mirror}/{name}: {error}")
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # Python 3.10
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _full_text(error: BaseException) -> str:
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        parts.append(str(seen))
+        failures = getattr(seen, "failures", None)  # CheckpointException: rank -> (exception, traceback)
+        parts += [str(failure[0]) for failure in failures.values()] if failures else []
+        seen = seen.__cause__ or seen.__context__
+    return " | ".join(parts)
+
+
+def _save_error(error: BaseException, final: Path) -> DiffmaeError:
+    text = _full_text(error)
+    folder = final.parent
+    whole = [path.name for path in list_checkpoints(folder)]
+    left = f"the last whole one is {whole[0]}" if whole else "none stands yet"
+    if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
+        return DiffmaeError(
+            f"No space left in {folder} for checkpoint {final.name} ({left}); free some space or lower "
+            "train.keep_last, then run the same command again."
+        )
+    first = text.split(" | ")[0].strip().splitlines()
+    return DiffmaeError(
+        f"Checkpoint {final.name} could not be written to {folder} ({first[0] if first else error}); {left}."
+    )

@@ -1,0 +1,219 @@
+"""Processes: who this one is, how several start, agree and end; torch.distributed with gloo on CPU, nccl on GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffmae_video import errors
+from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+
+SHUTDOWN_SECONDS = 20  # how long the other ranks of a failed or stopped run may take to leave
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among the processes of a run. The defaults describe a run of a single process."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank. A collective; runs over gloo, so it never waits for the GPU."""
+        if self.world == 1:
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, on the CPU in float64. A collective."""
+        values = values.detach().to("cpu", torch.float64)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank (JSON-like). A collective."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """`value` of rank 0 (JSON-like), on every rank. A collective."""
+        return self.gather(value if self.main else None)[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.any(False)
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `mps` as a device; `auto` takes the fastest kind present.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch sees no CUDA device; `diffmae doctor` says why, or take cpu.")
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"Process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "lower --nproc to that number."
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: PyTorch sees no Apple GPU here; take cpu.")
+    return torch.device(name)
+
+
+def ranks_from_environment(environ: dict[str, str] | None = None) -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local world) from torchrun's variables, else Slurm's (inside srun), else one process.
+
+    Under Slurm MASTER_ADDR and MASTER_PORT are set where they are missing: the first host of the job, and a port made
+    from the job's number.
+    """
+    environ = os.environ if environ is None else environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        world = int(environ["WORLD_SIZE"])
+        local = int(environ.get("LOCAL_RANK", "0"))
+        return int(environ["RANK"]), world, local, int(environ.get("LOCAL_WORLD_SIZE", str(world)))
+    world = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))  # set by srun alone: a batch script's own shell is no task
+    if world > 1:
+        environ.setdefault("MASTER_ADDR", _first_slurm_host(environ))
+        environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+        nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+        return int(environ["SLURM_PROCID"]), world, int(environ.get("SLURM_LOCALID", "0")), max(1, world // nodes)
+    return 0, 1, 0, 1
+
+
+def _first_slurm_host(environ: dict[str, str]) -> str:
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
+    if "[" not in hosts:
+        return hosts.split(",")[0]
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return listing.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        head, _, rest = hosts.partition("[")  # node[003-007,9] -> node003
+        return head + rest.split("-")[0].split(",")[0].rstrip("]")
+
+
+@contextlib.contextmanager
+def start(device: str = "auto", timeout_s: float = 1800) -> Iterator[Distributed]:
+    """Join the processes of this run (as the environment tells) and leave them at the end.
+
+    Sets the number of compute threads to this process's share of the cores unless OMP_NUM_THREADS says otherwise.
+    """
+    rank, world, local_rank, local_world = ranks_from_environment()
+    place = pick_device(device, local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local_world))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    joined = False
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout_s), init_method="env://"
+        )
+        joined = True
+    try:
+        yield Distributed(rank, world, local_rank, local_world, place)
+    finally:
+        if joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) -> Any:
+    """Run `function(**arguments)` in `nproc` processes of this machine, by torchrun's elastic launcher.
+
+    Args:
+        function: a module-level function; its return value must be picklable.
+        nproc: processes; the first failing one ends all within SHUTDOWN_SECONDS, and its error alone is raised here.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        DiffmaeError: of the kind the failed rank raised. Stopped after SIGTERM, SIGUSR1 or Ctrl-C.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise UsageError(f"--nproc {nproc}: this already runs under torchrun; leave --nproc out.")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error is shown once, by us
+    options: dict[str, Any] = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": nproc,
+        "max_restarts": 0,
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "run_id": f"diffmae-{os.getpid()}",
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGUSR1",
+    }
+    known = {item.name for item in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.10
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    try:
+        results = elastic_launch(config, _child)(function, arguments)
+    except ChildFailedError as error:
+        raise _first_error(error) from None
+    except SignalException as error:
+        raise Stopped(f"Stopped by {error.sigval.name}; run the same command again to continue.") from None
+    if "stopped" in results[0]:
+        raise Stopped(results[0]["stopped"])
+    return results[0]["value"]
+
+
+def _child(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"value": function(**arguments)}
+    except Stopped as stop:  # all ranks stop together: not a failure
+        return {"stopped": str(stop)}
+
+
+def _first_error(error: Any) -> DiffmaeError:
+    rank, failure = error.get_first_failure()
+    text = failure.message
+    with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
+        text = json.load(file)["message"]["message"]
+    name, _, message = str(text).partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, DiffmaeError):
+        return kind(message)
+    if failure.exitcode < 0:
+        text = f"it was ended by signal {-failure.exitcode}, which often means that memory ran out"
+    return DiffmaeError(f"Process {rank} failed ({str(text).strip()}); run again with --debug for the full account.")
