@@ -21,11 +21,17 @@ FORMAT = 1
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 
 
-def save_model(model: DiffMAE | Classifier, directory: Path | str, info: dict[str, Any] | None = None) -> Path:
+def save_model(
+    model: DiffMAE | Classifier,
+    directory: Path | str,
+    info: dict[str, Any] | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> Path:
     """Write weights.safetensors and model.json into `directory`, each whole or not at all.
 
     Args:
         info: free facts for whoever uses the model: classes, data set, recipe, metrics. `model.info` by default.
+        state: tensors to write in place of the model's own (an average of them, a copy from an earlier moment).
 
     Returns:
         The weights' path.
@@ -47,7 +53,7 @@ def save_model(model: DiffMAE | Classifier, directory: Path | str, info: dict[st
     else:
         description["diffusion"] = model.diffusion.model_dump(mode="json")
     description["info"] = {**model.info, **(info or {}), "kind": description["kind"]}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in (state or model.state_dict()).items()}
     write_atomic(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_atomic(directory / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
     return directory / WEIGHTS
