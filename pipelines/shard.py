@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class ShardResult:
     seconds: float
     done_before: int
     """Shards that were there already."""
-    notes: list[str] = field(default_factory=list)
+    unchanged: bool = False
+    """Everything was there already."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def shard(
     finished = _compare(out, record, overwrite)
     if finished:
         say(f"Nothing to do: {out} was made from this input with these options.")
-        return _result(finished, name, begun, len(jobs))
+        return replace(_result(finished, out, begun, len(jobs)), unchanged=True)
     write_file(join(_parts(out), "run.json"), json.dumps(record, indent=1).encode())
 
     pool, own = _executor(executor, dask, workers)
@@ -443,13 +444,13 @@ def _finish(
     else:
         shutil.rmtree(_parts(out), ignore_errors=True)
     skipped = sum(reports[job.name]["skipped"] for job in jobs)
-    return _result(json.loads(read_file(join(out, MANIFEST))), name, begun, skipped)
+    return _result(json.loads(read_file(join(out, MANIFEST))), out, begun, skipped)
 
 
-def _result(body: dict[str, Any], name: str, begun: float, done_before: int) -> ShardResult:
+def _result(body: dict[str, Any], out: str, begun: float, done_before: int) -> ShardResult:
     counts = body["facts"]["counts"]
     return ShardResult(
-        path=body["facts"].get("out", ""),
+        path=out,
         dataset=body["dataset"],
         found=counts["found"],
         written=counts["written"],
@@ -468,13 +469,15 @@ def shard_and_record(source: str | Path, out: str | Path, **arguments: Any) -> S
     if arguments.get("dry_run"):
         table("Plan", ["split", "inputs"], [[split, count] for split, count in result.splits.items()])
         return result
-    Workspace.here().record("shards", str(out), dataset=result.dataset, kind=Manifest.load(str(out)).kind)
+    Workspace.here().record("shards", str(out), dataset=result.dataset, media=Manifest.load(str(out)).kind)
     print_result(result, str(out))
     return result
 
 
 def print_result(result: ShardResult, out: str) -> None:
     """One table and one sentence."""
+    if result.unchanged:
+        return
     rows = [["found", result.found], ["written", result.written]]
     rows += [[f"rejected: {reason}", count] for reason, count in result.rejected.items()]
     table(f"{out} ({result.dataset})", ["", "inputs"], rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -263,7 +264,7 @@ class Video:
                     (entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in self.stream.index_entries
                 ]
                 stamps = [entry[0] for entry in entries]
-                rising = all(a < b for a, b in zip(stamps, stamps[1:], strict=False))
+                rising = all(a < b for a, b in pairwise(stamps))
                 if entries and rising and entries[0][1] and not any(entry[2] for entry in entries):
                     declared = self.stream.frames
                     if declared in (0, len(entries)) and len(entries) <= self.limits.frames:
@@ -493,7 +494,7 @@ class _Painter:
                 graph.add("format", "gbrp"),
                 graph.add("buffersink"),
             ]
-            for source, target in zip(nodes, nodes[1:], strict=False):
+            for source, target in pairwise(nodes):
                 source.link_to(target)
             graph.configure()
             self.graph, self.graph_key = graph, key

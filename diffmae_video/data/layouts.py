@@ -18,7 +18,12 @@ from dataclasses import dataclass, field, replace
 from diffmae_video.data.remote import filesystem, is_remote, join, read_file
 from diffmae_video.errors import DataError, UsageError
 
-VIDEO_EXTENSIONS = frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "flv", "wmv", "mpg", "mpeg", "mpe", "ts", "m2ts", "3gp", "gif", "ogv", "h264", "264", "swf"])
+VIDEO_EXTENSIONS = frozenset(
+    (
+        *("mp4", "m4v", "mov", "webm", "mkv", "avi", "flv", "wmv", "mpg", "mpeg", "mpe", "ts", "m2ts", "3gp", "gif"),
+        *("ogv", "h264", "264", "swf"),
+    )
+)
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm"])
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
 SPLITS |= {"test": "test", "testing": "test"}

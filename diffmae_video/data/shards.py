@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class SampleTable:
     fps: np.ndarray  # float32
     width: np.ndarray  # int32
     height: np.ndarray  # int32
+    crc: np.ndarray  # uint32, CRC-32 of the media member followed by the JSON member
     keys: Any  # pyarrow string array (large): `key(i)` reads one
 
     def __len__(self) -> int:
@@ -89,6 +90,7 @@ _COLUMNS = {
     "fps": np.float32,
     "width": np.int32,
     "height": np.int32,
+    "crc": np.uint32,
 }
 
 
@@ -288,6 +290,7 @@ class TarShard:
                 "size": places[suffix][1],
                 "meta_offset": places["json"][0],
                 "meta_size": places["json"][1],
+                "crc": zlib.crc32(text, zlib.crc32(data)),
             }
         )
 
@@ -331,7 +334,8 @@ class ShardReader:
                 facts = json.loads(self._pread(shard, int(table.meta_size[index]), int(table.meta_offset[index])))
             except ValueError:
                 raise DataError(
-                    f"Sample {table.key(index)} in {self.manifest.shards[shard].name} has damaged JSON; run `diffmae verify`."
+                    f"Sample {table.key(index)} of {self.manifest.shards[shard].name} has damaged JSON; "
+                    "run `diffmae verify`."
                 ) from None
         suffix = self.manifest.suffixes[int(table.suffix[index])]
         return Sample(table.key(index), data, suffix, int(table.label[index]), facts if isinstance(facts, dict) else {})
@@ -371,11 +375,3 @@ def sha256_of(path: str | Path, chunk: int = 1 << 22) -> str:
         while block := file.read(chunk):
             digest.update(block)
     return digest.hexdigest()
-
-
-def key_counts(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """How often each key occurs."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["key"]] = counts.get(row["key"], 0) + 1
-    return counts

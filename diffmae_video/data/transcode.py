@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any, BinaryIO
 
-from diffmae_video.data.media import Limits, read_bytes, sniff
+from diffmae_video.data.media import DEFAULT_LIMITS, Limits, read_bytes, sniff
 from diffmae_video.errors import DataError
 
 
@@ -40,7 +40,7 @@ class TranscodeOptions:
     quality: int = 92
     """JPEG quality of images that are scaled."""
     min_frames: int = 1
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
 
 
 def transcode(
@@ -243,7 +243,8 @@ def send(stream: BinaryIO, body: dict[str, Any], data: bytes = b"") -> None:
 
 
 def main() -> None:
-    """Answer requests on stdin until it closes: {path, options, span, memory} -> {meta, suffix} + bytes, or {error}."""
+    """Answer requests on stdin until it closes: {path, options, span, memory} (+ bytes, instead of
+    reading the path) -> {meta, suffix} + bytes, or {error}."""
     import resource
     import signal
 
@@ -259,12 +260,13 @@ def main() -> None:
         try:
             size, extra = struct.unpack("<IQ", read_exactly(requests, 12))
             body = json.loads(read_exactly(requests, size))
+            given = read_exactly(requests, extra)
         except EOFError:
             return
         try:
             options = options_from_json(body["options"])
             path = body["path"]
-            data = read_file(path) if is_remote(path) else read_bytes(path, options.limits)
+            data = given or read_file(path) if given or is_remote(path) else read_bytes(path, options.limits)
             span = tuple(body["span"]) if body.get("span") else None
             result, suffix, meta = transcode(data, options, span)
             send(answers, {"suffix": suffix, "meta": meta}, result)
@@ -278,7 +280,7 @@ def main() -> None:
         except Exception as error:  # a broken file must cost one clip, whatever the library raised
             kind = "memory" if "allocate memory" in str(error) else "unreadable"
             send(answers, {"error": f"{type(error).__name__}: {error}"[:300], "kind": kind})
-        data = result = None
+        data = given = result = None
 
 
 def sniff_or_none(data: bytes | None) -> str | None:

@@ -191,8 +191,9 @@ def apply_rand_augment(clip: Tensor, settings: RandAugment, generator: torch.Gen
     return clip.as_subclass(Tensor)
 
 
-_OPERATIONS = tuple(
-    ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"]
+_OPERATIONS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast"),
+    *("Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"),
 )
 
 

@@ -40,13 +40,15 @@ class Worker:
         self.seconds, self.memory = seconds, memory
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self, path: str, options: TranscodeOptions, span: tuple[float, float] | None = None) -> Outcome:
-        """Transcode one file; every failure is an Outcome, never an exception."""
+    def run(
+        self, path: str, options: TranscodeOptions, span: tuple[float, float] | None = None, data: bytes = b""
+    ) -> Outcome:
+        """Transcode one file, or `data` under the name `path`; every failure is an Outcome, never an exception."""
         if self.process is None:
             self._start()
         request = {"path": path, "options": options_to_json(options), "span": span}
         try:
-            send(self.process.stdin, request)
+            send(self.process.stdin, request, data)
             body, data = self._receive(time.monotonic() + self.seconds)
         except TimeoutError:
             self.close(kill=True)

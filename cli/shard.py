@@ -1,0 +1,150 @@
+"""`diffmae shard`, `verify`, `index`, `stats`: prepare and examine data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmae_video.cli.options import DryRunOption, OverwriteOption
+
+_Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of shards.")]
+
+
+def shard(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, URL, or a CSV/TSV of path,label,split.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL for the shards.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", envvar="DIFFMAE_DATASET", help="Name or TOML file of the data set; guessed."),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", envvar="DIFFMAE_LAYOUT", help="How the source is arranged; guessed.")
+    ] = None,
+    image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos.")] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", envvar="DIFFMAE_COPY", help="Keep the bytes instead of re-encoding.")
+    ] = False,
+    trim: Annotated[
+        bool, typer.Option("--trim", envvar="DIFFMAE_TRIM", help="Cut annotated spans out of longer videos.")
+    ] = False,
+    short_side: Annotated[
+        int, typer.Option("--short-side", min=2, envvar="DIFFMAE_SHORT_SIDE", help="Pixels; never scaled up.")
+    ] = 256,
+    fps: Annotated[
+        float | None,
+        typer.Option("--fps", min=0.1, max=1000, envvar="DIFFMAE_FPS", help="Frame rate; kept by default."),
+    ] = None,
+    crf: Annotated[int, typer.Option("--crf", min=0, max=51, envvar="DIFFMAE_CRF", help="H.264 quality.")] = 23,
+    preset: Annotated[str, typer.Option("--preset", envvar="DIFFMAE_PRESET", help="x264 preset.")] = "veryfast",
+    gop: Annotated[int, typer.Option("--gop", min=1, envvar="DIFFMAE_GOP", help="Frames between key frames.")] = 16,
+    fold: Annotated[
+        int, typer.Option("--fold", min=1, max=3, envvar="DIFFMAE_FOLD", help="Official split of UCF101, HMDB51.")
+    ] = 1,
+    min_frames: Annotated[
+        int, typer.Option("--min-frames", min=1, envvar="DIFFMAE_MIN_FRAMES", help="Shorter videos are rejected.")
+    ] = 1,
+    samples_per_shard: Annotated[
+        int | None, typer.Option("--samples-per-shard", min=1, envvar="DIFFMAE_SAMPLES_PER_SHARD", help="At most.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, envvar="DIFFMAE_WORKERS", help="Processes; one a core.")
+    ] = None,
+    dask: Annotated[
+        str | None, typer.Option("--dask", metavar="ADDRESS", envvar="DIFFMAE_DASK", help="Dask scheduler to use.")
+    ] = None,
+    clip_seconds: Annotated[
+        float, typer.Option("--clip-seconds", min=0.1, envvar="DIFFMAE_CLIP_SECONDS", help="Time limit of an input.")
+    ] = 300.0,
+    clip_gib: Annotated[
+        float, typer.Option("--clip-gib", min=0.5, envvar="DIFFMAE_CLIP_GIB", help="Memory limit of an input, GiB.")
+    ] = 6.0,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Turn a folder of clips or images into shards. Example: diffmae shard kinetics/ shards/"""
+    from diffmae_video.data.transcode import TranscodeOptions
+    from diffmae_video.pipelines.shard import shard_and_record
+
+    options = TranscodeOptions(
+        kind="image" if image else "video",
+        copy=copy,
+        trim=trim,
+        short_side=short_side,
+        fps=fps,
+        crf=crf,
+        preset=preset,
+        gop=gop,
+        min_frames=min_frames,
+    )
+    shard_and_record(
+        source,
+        out,
+        dataset=dataset,
+        layout=layout,
+        options=options,
+        fold=fold,
+        samples_per_shard=samples_per_shard,
+        workers=workers,
+        dask=dask,
+        clip_seconds=clip_seconds,
+        clip_memory=int(clip_gib * 2**30),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def verify(
+    shards: _Shards,
+    decode: Annotated[
+        bool, typer.Option("--decode", envvar="DIFFMAE_DECODE", help="Also decode every sample.")
+    ] = False,
+) -> None:
+    """Check shards against their manifest; damage ends with code 3."""
+    from diffmae_video.errors import DataError
+    from diffmae_video.pipelines.console import say
+    from diffmae_video.pipelines.verify import verify as check
+
+    result = check(shards, decode=decode)
+    for problem in result.problems:
+        say(problem)
+    if result.problems:
+        raise DataError(f"{shards} has {len(result.problems)} problems, listed above; make those shards again.")
+    say(f"{result.shards} shards with {result.samples} samples are whole.")
+
+
+def index(
+    shards: _Shards,
+    dataset: Annotated[str | None, typer.Option("--dataset", envvar="DIFFMAE_DATASET", help="Its name.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", envvar="DIFFMAE_SPLIT", help="Split of all shards; by name otherwise.")
+    ] = None,
+) -> None:
+    """Make a manifest for tars that something else wrote."""
+    from diffmae_video.pipelines.console import say
+    from diffmae_video.pipelines.index import index as make
+    from diffmae_video.pipelines.workspace import Workspace
+
+    result = make(shards, dataset=dataset, split=split)
+    Workspace.here().record("shards", shards, dataset=dataset or Path(shards).name)
+    lost = ", ".join(f"{count} {reason}" for reason, count in result.rejected.items())
+    say(f"Indexed {result.indexed} samples in {result.shards} shards{f'; rejected: {lost}' if lost else ''}.")
+
+
+def stats(
+    shards: _Shards,
+    out: Annotated[Path, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder for the pictures.")] = Path("."),
+    split: Annotated[str | None, typer.Option("--split", envvar="DIFFMAE_SPLIT", help="One split only.")] = None,
+) -> None:
+    """Durations, sizes, rates and classes as tables and pictures."""
+    from diffmae_video.pipelines.stats import print_stats
+    from diffmae_video.pipelines.stats import stats as summarise
+
+    print_stats(summarise(shards, out, split=split), shards)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (shard, verify, index, stats):
+        app.command()(command)

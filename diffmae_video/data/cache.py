@@ -1,0 +1,107 @@
+"""Whole remote shards in a bounded local folder, shared by all processes of a machine and safe against crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffmae_video.data.remote import filesystem, join, retry
+from diffmae_video.data.shards import Manifest, sha256_of
+from diffmae_video.errors import DataError
+
+
+class ShardCache:
+    """Local copies of the shards of one remote manifest.
+
+    A shard is downloaded once per machine (a lock file per shard), checked against the size and sha256 of the manifest,
+    and renamed into place; the oldest ones go when the bound is reached. Files that are open elsewhere stay readable.
+
+    Args:
+        manifest: what to fetch.
+        folder: the cache; `~/.cache/diffmae` (or XDG_CACHE_HOME) by default.
+        gib: bound on all files of the folder, GiB; the shard in use is always kept.
+    """
+
+    def __init__(self, manifest: Manifest, folder: str | None = None, gib: float = 50.0):
+        base = folder or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "diffmae")
+        self.manifest, self.base, self.bound = manifest, Path(base), int(gib * 2**30)
+        self.folder = self.base / hashlib.sha256(manifest.hash.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._ahead: threading.Thread | None = None
+
+    def fetch(self, shard: int) -> str:
+        """Path of the local copy of a shard, downloaded if it is not there.
+
+        Raises:
+            DataError: it cannot be downloaded, or what came does not match the manifest.
+        """
+        info = self.manifest.shards[shard]
+        path = self.folder / info.name.replace("/", "_")
+        with self._lock(path.with_suffix(".lock")):
+            if not (path.exists() and path.stat().st_size == info.bytes):
+                self._make_room(info.bytes, keep=path)
+                self._download(join(self.manifest.root, info.name), path, info.bytes, info.sha256)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # recently used
+        return str(path)
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Download shards in the background, in order; the first failure ends it (the reader will meet it again)."""
+        if self._ahead is None or not self._ahead.is_alive():
+            self._ahead = threading.Thread(target=self._fetch_all, args=(shards,), daemon=True)
+            self._ahead.start()
+
+    def _fetch_all(self, shards: list[int]) -> None:
+        with contextlib.suppress(DataError, OSError):
+            for shard in shards:
+                self.fetch(shard)
+
+    def _download(self, url: str, path: Path, size: int, sha256: str) -> None:
+        files, inner = filesystem(url)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+        def once() -> None:
+            files.get_file(inner, str(temporary))
+            came = temporary.stat().st_size
+            if came != size:
+                raise OSError(f"{came} of {size} bytes came")
+            if sha256_of(temporary) != sha256:
+                raise OSError("the checksum does not match")
+
+        try:
+            retry(once, f"Downloading {url}")
+            os.replace(temporary, path)
+        except FileNotFoundError as error:
+            raise DataError(f"{url} is missing; run `diffmae verify` on the shards.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, keep: Path) -> None:
+        with self._lock(self.base / "evict.lock"):
+            found = []
+            for path in self.base.glob("*/*.tar*"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if path.suffix == ".tmp" and time.time() - status.st_mtime > 3600:  # left by a crash
+                        path.unlink(missing_ok=True)
+                    elif path.suffix == ".tar" and path != keep:
+                        found.append((status.st_mtime, status.st_size, path))
+            total = sum(one[1] for one in found)
+            for _, taken, path in sorted(found):
+                if total + size <= self.bound:
+                    return
+                path.unlink(missing_ok=True)
+                total -= taken
+
+    @contextmanager
+    def _lock(self, path: Path) -> Iterator[None]:
+        with open(path, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
