@@ -6,6 +6,7 @@ averaged over views); what differs is the `forward` that maps clips to rows.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -169,6 +170,7 @@ def run_pass(
         sampler=mine,
         num_workers=min(workers, len(mine)),
         prefetch_factor=2 if mine and workers else None,
+        worker_init_fn=_start_worker,
     )
     names = [str(protocol) for protocol in dataset.settings.protocols]
     for block, videos in loader:
@@ -191,3 +193,11 @@ def run_pass(
         store.add(int(block), results, failed)
         advance(len(videos), len(failed))
     store.flush()
+
+
+def _start_worker(number: int) -> None:
+    """Workers use one thread, and leave signals to the process that started them, whose handlers they inherited."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import diffmae_video.compat  # noqa: F401
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
 from diffmae_video.config import FinetuneSettings
-
-
-class ClipMixup:
-    """Mixup, CutMix and label smoothing of a batch of clips by timm, one draw a batch, a function of a seed.
-
-    CutMix cuts the same box from every frame: frames are folded into channels, so timm sees (B, C*T, H, W).
-    """
-
-    def __init__(self, settings: FinetuneSettings, classes: int) -> None:
-        self.classes, self.smoothing = classes, settings.smoothing
-        self._mixup = None
-        if settings.mixup > 0 or settings.cutmix > 0:
-            self._mixup = Mixup(
-                mixup_alpha=settings.mixup,
-                cutmix_alpha=settings.cutmix,
-                label_smoothing=settings.smoothing,
-                num_classes=classes,
-            )
-
-    def __call__(self, clips: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Mix clips float (B, C, T, H, W) with labels (B,) int64 into clips and targets (B, K).
-
-        A batch of one, or an odd last one, keeps its clips and only smooths its targets: timm mixes in pairs.
-        """
-        if self._mixup is None or len(clips) % 2:
-            return clips, mixup_target(labels, self.classes, smoothing=self.smoothing)
-        batch, channels, frames, height, width = clips.shape
-        folded = clips.reshape(batch, channels * frames, height, width).clone()  # timm writes in place
-        with _numpy_seed(seed):
-            mixed, targets = self._mixup(folded, labels)
-        return mixed.reshape(clips.shape), targets
-
-
-@contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """timm draws from numpy's global generator: seed it for the moment, and put it back."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
+from diffmae_video.data.transforms import MixVideo
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -112,7 +68,7 @@ class FinetuneTask:
         self.model = model
         self.normalize, self.evaluate, self.seed = normalize, evaluate, seed
         self._describe = describe
-        self._mix = ClipMixup(settings, classes)
+        self._mix = MixVideo(classes, settings.mixup, settings.cutmix, settings.smoothing)
         freeze_first(model, settings.freeze)
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> Any:
@@ -121,7 +77,7 @@ class FinetuneTask:
 
         clips = self.normalize(batch.clips.to(device, non_blocking=True))  # (B, C, T, H, W)
         labels = batch.labels.to(device, non_blocking=True)
-        mixed, targets = self._mix(clips, labels, seed=int(batch.seeds[0]) ^ self.seed)
+        mixed, targets = self._mix(clips, labels, int(batch.seeds[0]) ^ self.seed)
         logits = model(mixed)  # (B, K)
         per_sample = soft_cross_entropy(logits, targets)
         top1 = (logits.detach().argmax(dim=-1) == labels).float().mean()

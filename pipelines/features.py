@@ -1,0 +1,296 @@
+"""`diffmae features`: one pass of a frozen encoder over a data set, kept on disk for probes and for others to use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmae_video._version import __version__
+from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
+from diffmae_video.pipelines import console
+from diffmae_video.pipelines.classifiers import Loaded, find_run, load
+from diffmae_video.pipelines.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffmae_video.data.shards import Manifest
+    from diffmae_video.evaluation.classify import ViewSettings
+    from diffmae_video.training.distributed import Distributed
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the videos of a split, in sample order."""
+
+    path: Path
+    features: Tensor  # (n, D) float32 pooled, or (n, N, D) float16 tokens (memory-mapped)
+    labels: Tensor  # (n,) int64, -1 = none
+    samples: Tensor  # (n,) int64, index within the split
+    failed: dict[str, str]
+
+
+def extract_features(
+    *,
+    checkpoint: str | Path | None = None,
+    data: str | Path | None = None,
+    splits: Sequence[str] = (),
+    views: str = "1x1",
+    tokens: bool = False,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    device: str = "auto",
+    nproc: int = 1,
+    dry_run: bool = False,
+) -> list[Path]:
+    """Write SPLIT.safetensors (features, labels, samples) and SPLIT.parquet (key, label, class) for each split.
+
+    Args:
+        checkpoint: a pre-training or fine-tuning run; the workspace's newest pre-training by default.
+        data: shards; the workspace's newest by default.
+        splits: all of the data by default.
+        views: views whose features are averaged for each video.
+        tokens: keep the tokens (n, N, D) in half precision instead of one pooled vector a video.
+        out: folder; one named after what is computed, under .diffmae/features, by default. What is there is reused.
+
+    Returns:
+        The safetensors files.
+    """
+    arguments = {
+        "checkpoint": checkpoint,
+        "data": data,
+        "splits": list(splits),
+        "views": views,
+        "tokens": tokens,
+        "overrides": list(overrides),
+        "out": out,
+        "device": device,
+        "dry_run": dry_run,
+    }
+    if nproc > 1 and not dry_run:
+        from diffmae_video.training.distributed import launch
+
+        return launch(_extract, arguments, nproc)
+    return _extract(**arguments)
+
+
+def _extract(
+    checkpoint: str | Path | None,
+    data: str | Path | None,
+    splits: Sequence[str],
+    views: str,
+    tokens: bool,
+    overrides: Sequence[str],
+    out: Path | None,
+    device: str,
+    dry_run: bool,
+) -> list[Path]:
+    from diffmae_video.data.shards import Manifest
+    from diffmae_video.evaluation.classify import ViewSettings
+    from diffmae_video.evaluation.views import parse_views
+    from diffmae_video.training.distributed import start
+
+    with start(device) as processes:
+        source, line = find_run("pretrain", checkpoint)
+        console.say(line)
+        loaded = load(source, processes.device, overrides)
+        path = data or Workspace.here().require("shards", "--data").path
+        manifest = Manifest.load(path)
+        settings = loaded.settings
+        frames = 1 if manifest.kind == "image" else settings.model.frames
+        spec = ViewSettings(parse_views(views)[:1], frames, settings.data.stride, settings.model.size)
+        splits = list(splits) or list(manifest.splits)
+        for split in splits:
+            manifest.samples(split)  # a split that is not there is an error before the work starts
+        console.say(f"Features of {', '.join(splits)} of {path}, views {spec.protocols[0]}, {processes.device.type}.")
+        if dry_run:
+            return []
+        found = [
+            split_features(processes, loaded, manifest, split, spec, tokens=tokens, folder=out) for split in splits
+        ]
+        for one in found:
+            console.say(f"{one.path}: {tuple(one.features.shape)}, {len(one.failed)} failed.")
+        return [one.path for one in found]
+
+
+def split_features(
+    processes: Distributed,
+    loaded: Loaded,
+    manifest: Manifest,
+    split: str,
+    spec: ViewSettings,
+    *,
+    samples: Sequence[int] | None = None,
+    tokens: bool = False,
+    folder: Path | None = None,
+) -> Features:
+    """Features of a split (or of some of its samples), from the cache or computed and put there. A collective.
+
+    Raises:
+        DataError: more videos are unreadable than data.max_bad_fraction allows.
+    """
+    from diffmae_video.evaluation.classify import SplitViews, run_pass, videos_per_block
+    from diffmae_video.evaluation.records import PassStore
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.training.signals import stop_on_signal
+
+    settings = loaded.settings
+    chosen = range(manifest.splits[split]) if samples is None else [int(sample) for sample in samples]
+    facts = {
+        "version": __version__,
+        "weights": loaded.weights_sha256,
+        "data": manifest.hash,
+        "split": split,
+        "samples": None if samples is None else list(chosen),
+        "views": asdict(spec),
+        "batch_views": settings.evaluate.batch_views,
+        "tokens": tokens,
+        "precision": loaded.precision,
+        "device": processes.device.type,
+    }
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    if folder is None:
+        folder = Workspace.here().folder / ".diffmae" / "features" / fingerprint[:16]
+    path = folder / f"{split}.safetensors"
+    cached = processes.broadcast(_fingerprint(path))
+    if cached == fingerprint:
+        return read_features(path)
+    if cached is not None:
+        raise UsageError(f"{path} holds other features; name another folder with --out or remove it.")
+    pooled = loaded.model if isinstance(loaded.model, Classifier) else Classifier(loaded.model.encoder, 0).eval()
+
+    def forward(clips: Tensor) -> Tensor:
+        with loaded.autocast():
+            rows = pooled.forward_features(loaded.prepare(clips))  # (B, [1 +] N, D)
+            if not tokens:
+                rows = pooled.forward_head(rows, pre_logits=True)  # (B, D)
+        return rows.float()
+
+    import torch
+
+    block = videos_per_block(spec.protocols, settings.evaluate.batch_views)
+    dataset = SplitViews(manifest, split, spec, chosen, block, settings.data.cache_dir, settings.data.cache_gib)
+    store = PassStore(folder, fingerprint, processes.rank)
+    with stop_on_signal() as stop, console.progress(len(chosen), f"features {split}", "videos") as bar:
+
+        def advance(videos: int, failed: int) -> None:
+            bar.update(videos)
+            if stop:
+                store.flush()
+                raise Stopped(f"Stopped by {stop.name}; run the same command again to continue.")
+
+        run_pass(
+            forward,
+            dataset,
+            store,
+            batch_views=settings.evaluate.batch_views,
+            device=processes.device,
+            workers=settings.data.workers,
+            rank=processes.rank,
+            world=processes.world,
+            dtype=torch.float16 if tokens else torch.float32,
+            advance=advance,
+        )
+    processes.barrier()
+    if processes.main:
+        _, failed, _ = store.summary()
+        if len(failed) > settings.data.max_bad_fraction * len(chosen) or len(failed) == len(chosen):
+            index, reason = min(failed.items())
+            raise DataError(
+                f"{len(failed)} of {len(chosen)} videos of {split} cannot be read, the first is "
+                f"{manifest.samples(split).key(index)} ({reason.rstrip('.')}); repair the shards."
+            )
+        _write(path, store, str(spec.protocols[0]), manifest, split, fingerprint)
+        store.remove()
+    processes.barrier()
+    return read_features(path)
+
+
+def read_features(path: Path) -> Features:
+    """Read features that `diffmae features` wrote; large ones stay on disk until they are used.
+
+    Raises:
+        DataError: missing, or not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("features", "null"))
+            tensors = {name: file.get_tensor(name) for name in ("features", "labels", "samples")}
+        return Features(path, tensors["features"], tensors["labels"], tensors["samples"], facts["failed"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no features file of `diffmae features` ({error}); make it again.") from error
+
+
+def _fingerprint(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["features"])["fingerprint"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return "unknown"
+
+
+def _write(path: Path, store: Any, name: str, manifest: Manifest, split: str, fingerprint: str) -> None:
+    """Write the rows of a finished pass in sample order, part by part: memory does not grow with the data set."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    samples, failed, _ = store.summary()
+    table = manifest.samples(split)
+    labels = table.label[samples].astype(np.int64)
+    place = {sample: row for row, sample in enumerate(samples)}
+    first = next(store.rows(name))[1]
+    shape, dtype = (len(samples), *first.shape[1:]), first.numpy().dtype
+    facts = {
+        "fingerprint": fingerprint,
+        "dataset": manifest.dataset,
+        "split": split,
+        "views": name,
+        "failed": {table.key(index): reason for index, reason in sorted(failed.items())},
+    }
+    sizes = {"features": int(np.prod(shape)) * dtype.itemsize, "labels": labels.nbytes, "samples": 8 * len(samples)}
+    free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+    if sum(sizes.values()) > free:
+        raise DiffmaeError(
+            f"{path} needs {sum(sizes.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} are free; make room."
+        )
+    kinds = {"features": ("F16" if dtype == np.float16 else "F32", shape)}
+    kinds |= {"labels": ("I64", (len(samples),)), "samples": ("I64", (len(samples),))}
+    header: dict[str, Any] = {"__metadata__": {"features": json.dumps(facts)}}
+    offset = 0
+    for key, (kind, dims) in kinds.items():
+        header[key] = {"dtype": kind, "shape": list(dims), "data_offsets": [offset, offset + sizes[key]]}
+        offset += sizes[key]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:  # the safetensors layout: length, header, tensors
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    rows = np.memmap(temporary, dtype, "r+", 8 + len(text), shape)
+    for part, values in store.rows(name):
+        rows[[place[sample] for sample in part]] = values.numpy()
+    rows.flush()
+    del rows
+    with open(temporary, "r+b") as file:
+        file.seek(8 + len(text) + sizes["features"])
+        file.write(labels.tobytes() + np.asarray(samples, np.int64).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    classes = [manifest.classes[label] if label >= 0 else None for label in labels]
+    columns = {"key": [table.key(index) for index in samples], "label": labels, "class": pa.array(classes, pa.string())}
+    parquet = path.with_suffix(".parquet")
+    pq.write_table(pa.table(columns), parquet.with_suffix(".tmp"))
+    os.replace(parquet.with_suffix(".tmp"), parquet)
