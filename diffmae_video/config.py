@@ -82,6 +82,10 @@ class ModelSettings(Section):
     """Biases on query, key and value projections."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Epsilon of every LayerNorm; imports carry their own."""
+    encoder_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the encoder's last LayerNorm where it differs (Hugging Face's classifiers: 1e-5)."""
+    decoder_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the decoder's last LayerNorm where it differs (Hugging Face's VideoMAE: 1e-5)."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the last block, rising linearly from 0."""
     decoder: Literal["joint", "cross_self", "cross"] = "cross_self"
@@ -92,6 +96,8 @@ class ModelSettings(Section):
     """Decoder width E."""
     decoder_heads: Positive = 8
     """Decoder attention heads; never inferred from shapes."""
+    decoder_class: bool = False
+    """The joint decoder has a class token of its own instead of the encoder's (MAE-ST); needs `class_token`."""
     links: Literal["even", "last"] = "even"
     """Which encoder blocks feed the cross decoders: spread evenly, top-down, or only the last."""
     timestep: Literal["add", "adaln", "none"] = "add"
@@ -115,6 +121,8 @@ class ModelSettings(Section):
             raise ValueError(f"size = {list(self.size)} must be multiples of patch = {self.patch}")
         if self.loss_tokens < 1 and self.decoder != "cross":
             raise ValueError("loss_tokens below 1 needs decoder = 'cross': the others let masked tokens see each other")
+        if self.decoder_class and not (self.class_token and self.decoder == "joint"):
+            raise ValueError("decoder_class needs class_token = true and decoder = 'joint'")
         if self.objective == "mae" and self.target in ("noise", "velocity"):
             raise ValueError(f"target = '{self.target}' needs noise, and objective = 'mae' has none")
         if self.objective == "ddpm" and self.loss_tokens < 1:
@@ -249,6 +257,8 @@ class TrainSettings(Section):
     """Newest checkpoints that are kept."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Checkpoints at multiples of this many steps are kept for good; 0 for none."""
+    mirror: str | None = None
+    """fsspec URL of a folder that receives a copy of each checkpoint, e.g. `s3://bucket/run`."""
     log_every: Positive = 10
     """Optimizer steps between lines of metrics.jsonl."""
     picture_every: Annotated[int, Field(ge=0)] = 500

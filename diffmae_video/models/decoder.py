@@ -117,17 +117,19 @@ class Decoder(nn.Module):
         marked = inputs is None or model.decoder == "joint"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if marked else None
         self.latent_embed = nn.Linear(encoder_width, width) if model.decoder == "joint" else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
         self.positions = Positions(model.positions, shape, width)
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
         self.blocks = nn.ModuleList(
             DecoderBlock(model, encoder_width, timestep == "adaln") for _ in range(model.decoder_depth)
         )
-        self.norm = nn.LayerNorm(width, eps=model.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, eps=model.decoder_norm_eps or model.layer_norm_eps)
         self.head = nn.Linear(width, outputs)
         self.grad_checkpointing = False
         self.apply(initialize)
-        if self.mask_token is not None:
-            nn.init.normal_(self.mask_token, std=0.02)
+        for token in (self.mask_token, self.cls_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         for block in self.blocks:
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation[1].weight)
@@ -174,6 +176,8 @@ class Decoder(nn.Module):
             places = gather_tokens(positions, visible)
             if classes:
                 places = nn.functional.pad(places, (0, 0, classes, 0))
+            if self.cls_token is not None:
+                seen = torch.cat([self.cls_token.expand(len(seen), -1, -1).to(seen.dtype), seen[:, 1:]], 1)
             x = torch.cat([seen + places, x], 1)  #                        (B, V + M, E)
             valid = _join(visible_valid, valid, seen, masked)
         for block, link in zip(self.blocks, self.links, strict=True):

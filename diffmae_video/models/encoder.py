@@ -57,7 +57,7 @@ class Encoder(nn.Module):
             self.blocks = nn.ModuleList(
                 Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
             )
-            self.norm = nn.LayerNorm(width, eps=model.layer_norm_eps)
+            self.norm = nn.LayerNorm(width, eps=model.encoder_norm_eps or model.layer_norm_eps)
             self.apply(initialize)
             if self.cls_token is not None:
                 nn.init.normal_(self.cls_token, std=0.02)
