@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffmae_video._version import __version__
 from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import Loaded, find_run, load
+from diffmae_video.pipelines.classifiers import Loaded, bare_encoder, find_run, load
 from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -127,9 +127,13 @@ def split_features(
     *,
     samples: Sequence[int] | None = None,
     tokens: bool = False,
+    pool: str = "mean",
     folder: Path | None = None,
 ) -> Features:
     """Features of a split (or of some of its samples), from the cache or computed and put there. A collective.
+
+    Pooled features are what the head of a classifier with that `pool` sees; tokens are what the encoder's last norm
+    gives, with the class token first where there is one.
 
     Raises:
         DataError: more videos are unreadable than data.max_bad_fraction allows.
@@ -149,7 +153,7 @@ def split_features(
         "samples": None if samples is None else list(chosen),
         "views": asdict(spec),
         "batch_views": settings.evaluate.batch_views,
-        "tokens": tokens,
+        "features": "tokens" if tokens else pool,
         "precision": loaded.precision,
         "device": processes.device.type,
     }
@@ -162,14 +166,14 @@ def split_features(
         return read_features(path)
     if cached is not None:
         raise UsageError(f"{path} holds other features; name another folder with --out or remove it.")
-    pooled = loaded.model if isinstance(loaded.model, Classifier) else Classifier(loaded.model.encoder, 0).eval()
+    network = bare_encoder(loaded.model)
+    if not tokens:
+        network = Classifier(network, 0, pool=pool)
+    network.eval()
 
     def forward(clips: Tensor) -> Tensor:
         with loaded.autocast():
-            rows = pooled.forward_features(loaded.prepare(clips))  # (B, [1 +] N, D)
-            if not tokens:
-                rows = pooled.forward_head(rows, pre_logits=True)  # (B, D)
-        return rows.float()
+            return network(loaded.prepare(clips)).float()  # (B, D), or tokens (B, [1 +] N, D)
 
     import torch
 

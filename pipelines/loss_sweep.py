@@ -1,4 +1,4 @@
-"""`diffmae loss-sweep RUN`: denoising error by timestep and mask ratio, the picture that tells whether training works."""
+"""`diffmae loss-sweep RUN`: denoising error by timestep and mask ratio, which tells whether training works."""
 
 from __future__ import annotations
 
@@ -154,8 +154,9 @@ def _write(result: LossSweep, source: str) -> None:
     (directory / "loss_sweep.png").write_bytes(picture)
     report = Report("Denoising error by timestep and mask ratio")
     report.text(
-        f"Run `{source}`, {result.clips} clips. A model that uses the noisy patch has a small error at early timesteps; "
-        "at the last timestep, where no signal is left, it can only predict from what is visible, as an MAE does. "
+        f"Run `{source}`, {result.clips} clips. A model that uses the noisy patch has a small error at early "
+        "timesteps; at the last timestep, where no signal is left, it can only predict from what is visible, as an "
+        "MAE does. "
         "Curves that stay flat say that the decoder ignores the noisy patch; curves at the level of the clip's mean "
         "patch say that it ignores everything."
     )
