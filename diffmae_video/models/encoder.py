@@ -53,7 +53,9 @@ class Encoder(nn.Module):
             self.patch_embed = PatchEmbed(width, model.tubelet, model.patch)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.class_token else None
             self.positions = Positions(model.positions, self.shape, width)
-            rates = torch.linspace(0, model.drop_path, depth).tolist()
+            rates = [
+                model.drop_path * block / max(1, depth - 1) for block in range(depth)
+            ]  # no tensor: builds on meta too
             self.blocks = nn.ModuleList(
                 Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
             )
