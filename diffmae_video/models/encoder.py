@@ -156,7 +156,7 @@ class Encoder(nn.Module):
     def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, Any]:
         """Which layer each parameter belongs to, for layer-wise decay and freezing (timm's name)."""
         return {
-            "stem": rf"^{prefix}(cls_token|positions|patch_embed)",
+            "stem": rf"^{prefix}(?:cls_token|positions|patch_embed)",
             "blocks": [(rf"^{prefix}blocks\.(\d+)", None), (rf"^{prefix}norm", (99999,))],
         }
 
