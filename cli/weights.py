@@ -1,0 +1,131 @@
+"""`diffmae import` and `diffmae export`: weights from and for other projects."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmae_video.cli.options import CheckpointOption, OverwriteOption
+
+
+class Source(str, Enum):
+    """Projects whose weights can be read."""
+
+    auto = "auto"
+    mae = "mae"
+    mae_st = "mae_st"
+    videomae = "videomae"
+    timm = "timm"
+    hf_vitmae = "hf-vitmae"
+    hf_videomae = "hf-videomae"
+
+
+class Format(str, Enum):
+    """What an export can be."""
+
+    safetensors = "safetensors"
+    timm = "timm"
+    hf = "hf"
+    onnx = "onnx"
+
+
+class Inflate(str, Enum):
+    """How 2-D kernels become 3-D."""
+
+    central = "central"
+    mean = "mean"
+
+
+def import_command(
+    source: Annotated[Source, typer.Argument(help="Project the file comes from; auto looks at its names.")],
+    file: Annotated[Path, typer.Argument(help=".safetensors, .pth, .bin, or a Hugging Face folder.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; FILE's name by default.")
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", min=1, envvar="DIFFMAE_FRAMES", help="Frames of a clip; inflates image weights."),
+    ] = None,
+    inflate: Annotated[
+        Inflate, typer.Option("--inflate", envvar="DIFFMAE_INFLATE", help="How image kernels become video kernels.")
+    ] = Inflate.central,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, envvar="DIFFMAE_HEADS", help="Encoder heads of an unusual width.")
+    ] = None,
+    decoder_heads: Annotated[
+        int | None,
+        typer.Option("--decoder-heads", min=1, envvar="DIFFMAE_DECODER_HEADS", help="Decoder heads."),
+    ] = None,
+    allow_partial: Annotated[
+        bool,
+        typer.Option("--allow-partial", envvar="DIFFMAE_ALLOW_PARTIAL", help="Accept tensors that do not fit."),
+    ] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn weights of mae, mae_st, VideoMAE, timm or Hugging Face into a model folder. Nothing in FILE is run."""
+    from diffmae_video.errors import UsageError
+    from diffmae_video.models.importers import import_weights
+    from diffmae_video.models.weights import save_model
+
+    target = out or Path(f"{file.stem}-imported")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise UsageError(f"--out {target} is not empty; choose a new folder or pass --overwrite.")
+    model = import_weights(
+        source.value,
+        file,
+        frames=frames,
+        inflate=inflate.value,
+        heads=heads,
+        decoder_heads=decoder_heads,
+        allow_partial=allow_partial,
+    )
+    save_model(model, target)
+    for problem in model.info["problems"]:
+        typer.echo(f"  {problem}")
+    size = model.encoder
+    typer.echo(
+        f"Imported {model.info['imported_from']} into {target}: {type(model).__name__}, {size.width} wide, "
+        f"{size.depth} blocks, {size.heads} heads. Use it with --checkpoint {target}."
+    )
+
+
+def export_command(
+    checkpoint: CheckpointOption = None,
+    form: Annotated[
+        Format, typer.Option("--format", envvar="DIFFMAE_FORMAT", help="What to write.")
+    ] = Format.safetensors,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; export-FORMAT by default."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", envvar="DIFFMAE_LICENCE", help="Licence named on the model card.")
+    ] = "unknown",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a model for others, with a model card: safetensors, timm, Hugging Face or ONNX."""
+    from diffmae_video.models.exporters import export_model
+    from diffmae_video.models.weights import load_model
+    from diffmae_video.pipelines.workspace import Workspace
+
+    if checkpoint is None:
+        workspace = Workspace.here()
+        entry = workspace.latest("finetune") or workspace.latest("pretrain")
+        if entry is None:
+            entry = workspace.require("pretrain", "--checkpoint")  # says which command to run
+        checkpoint = str(getattr(entry, "path", entry))
+        typer.echo(f"Exporting {checkpoint}")
+    files = export_model(
+        load_model(checkpoint), out or Path(f"export-{form.value}"), form.value, licence=licence, overwrite=overwrite
+    )
+    for path in files:
+        typer.echo(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("import")(import_command)
+    app.command("export")(export_command)

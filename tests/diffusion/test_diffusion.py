@@ -1,0 +1,297 @@
+"""Schedules and samplers against closed forms and against diffusers."""
+
+from __future__ import annotations
+
+import math
+
+import diffmae_video.compat  # noqa: F401
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from diffmae_video.diffusion.sampler import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m
+from diffmae_video.diffusion.schedule import Schedule
+
+STEPS = 20
+
+
+def linear_denoiser(x, timestep):
+    """An arbitrary smooth x_0 predictor that depends on both arguments."""
+    return torch.tanh(0.7 * x + 0.1) * (1 + timestep.double().view(-1, 1) / 2000)
+
+
+def start() -> torch.Tensor:
+    """Pure noise, float64."""
+    return torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def in_float64(scheduler):
+    """diffusers builds its tables in float32: give it ours of the same definition, so that only the rules differ."""
+    schedule = Schedule.make()
+    scheduler.betas, scheduler.alphas = schedule.betas, 1 - schedule.betas
+    scheduler.alphas_cumprod = schedule.alphas_bar
+    for name, table in (("alpha_t", schedule.alphas_bar.sqrt()), ("sigma_t", schedule.sigmas)):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, table)
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    if hasattr(scheduler, "one"):
+        scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_betas_and_posterior_of_diffusers(kind, theirs):
+    peer = diffusers.DDPMScheduler(beta_schedule=theirs, variance_type="fixed_small")
+    ours = Schedule.make(kind, 1000, rho=1.0)
+    torch.testing.assert_close(ours.betas.float(), peer.betas, atol=2e-7, rtol=2e-6)
+    torch.testing.assert_close(ours.alphas_bar.float(), peer.alphas_cumprod, atol=1e-6, rtol=1e-3)
+    for i in (1, 10, 500, 998):
+        assert float(ours.posterior_variance[i]) == pytest.approx(float(peer._get_variance(i)), rel=1e-4, abs=1e-7)
+
+
+def test_facts_of_the_rho_schedule():
+    """alpha_bar at the paper's exponents, computed independently in plain Python."""
+    for rho in (1.0, 0.8, 0.6):
+        product = 1.0
+        for i in range(1000):
+            product *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999) ** rho
+        table = Schedule.make("linear", 1000, rho).alphas_bar
+        assert table.dtype == torch.float64
+        assert float(table[-1]) == pytest.approx(product, rel=1e-9)
+    middle = [float(Schedule.make("linear", 1000, rho).alphas_bar[249]) for rho in (1.0, 0.8, 0.6)]
+    assert middle == pytest.approx([0.5241, 0.1260, 0.0011], abs=6e-5)
+
+
+def test_posterior_by_bayes():
+    """Mean and variance of q(x_{t-1} | x_t, x_0) from the product of two Gaussians."""
+    schedule = Schedule.make("linear", 50, 0.8)
+    for i in range(1, 50):
+        beta, previous = schedule.betas[i], schedule.alphas_bar_prev[i]
+        precision = (1 - beta) / beta + 1 / (1 - previous)
+        torch.testing.assert_close(schedule.posterior_variance[i], 1 / precision)
+        torch.testing.assert_close(schedule.posterior_x0[i], previous.sqrt() / (1 - previous) / precision)
+        torch.testing.assert_close(schedule.posterior_xt[i], (1 - beta).sqrt() / beta / precision)
+
+
+def test_respacing_keeps_marginals():
+    schedule = Schedule.make("linear", 1000, 0.8)
+    for steps in (1, 2, 7, 50, 1000):
+        kept = schedule.respace(steps)
+        assert len(kept) == steps
+        assert int(kept.timesteps[-1]) == 999
+        torch.testing.assert_close(kept.alphas_bar, schedule.alphas_bar[kept.timesteps])
+    torch.testing.assert_close(schedule.respace(1000).betas, schedule.betas)
+    with pytest.raises(ValueError, match=r"1\.\.1000"):
+        schedule.respace(1001)
+
+
+def test_forward_marginals_by_monte_carlo():
+    """One step of noise at a time gives the closed form's mean and variance."""
+    schedule = Schedule.make("linear", 40, 0.8)
+    generator = torch.Generator().manual_seed(0)
+    count, x0 = 200_000, 1.7
+    x = torch.full((count,), x0, dtype=torch.float64)
+    for i in range(12):
+        beta = float(schedule.betas[i])
+        noise = torch.randn(count, generator=generator, dtype=torch.float64)
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise
+    at = torch.full((count, 1), x0, dtype=torch.float64)
+    noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    closed = schedule.add_noise(at, noise, torch.full((count,), 11))
+    mean, std = float(schedule.alphas_bar[11].sqrt()) * x0, float(schedule.sigmas[11])
+    for sample in (x, closed):
+        assert float(sample.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(count))
+        assert float(sample.std()) == pytest.approx(std, rel=4 / math.sqrt(2 * count))
+
+
+def test_add_noise_of_diffusers():
+    x0, noise = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    timestep = torch.tensor([0, 10, 500, 999])
+    expected = diffusers.DDPMScheduler().add_noise(x0, noise, timestep)
+    torch.testing.assert_close(Schedule.make().add_noise(x0, noise, timestep), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_trajectory_of_diffusers(eta):
+    peer = in_float64(diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False))
+    kept = Schedule.make().respace(STEPS).timesteps
+    seen: list[torch.Tensor] = []
+    ddim(
+        linear_denoiser,
+        start(),
+        Schedule.make(),
+        STEPS,
+        torch.Generator().manual_seed(3),
+        lambda step, timestep, x, x0: seen.append(x),
+        eta=eta,
+    )
+    # their step reads the previous timestep off an even spacing: our own 20 kept ones are not even, so step by step
+    x, generator = start(), torch.Generator().manual_seed(3)
+    for i in range(STEPS - 1, 0, -1):
+        torch.testing.assert_close(seen[STEPS - 1 - i], x, atol=1e-5, rtol=1e-5)
+        now, previous = int(kept[i]), int(kept[i - 1])
+        peer.num_inference_steps = 1
+        peer.register_to_config(num_train_timesteps=now - previous)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) if eta else None
+        x0 = linear_denoiser(x, torch.full((3,), now))
+        x = peer.step(x0, now, x, eta=eta, variance_noise=noise).prev_sample
+
+
+def test_ddpm_trajectory_of_diffusers():
+    peer = in_float64(diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False, variance_type="fixed_small"))
+    kept = Schedule.make().respace(STEPS).timesteps
+    peer.set_timesteps(timesteps=kept.flip(0).tolist())
+    seen: list[torch.Tensor] = []
+    final = ddpm(
+        linear_denoiser,
+        start(),
+        Schedule.make(),
+        STEPS,
+        torch.Generator().manual_seed(3),
+        lambda step, timestep, x, x0: seen.append(x),
+    )
+    x, generator = start(), torch.Generator().manual_seed(3)
+    for i in range(STEPS - 1, -1, -1):
+        torch.testing.assert_close(seen[STEPS - 1 - i], x, atol=1e-5, rtol=1e-5)
+        now = int(kept[i])
+        x = peer.step(linear_denoiser(x, torch.full((3,), now)), now, x, generator=generator).prev_sample
+    torch.testing.assert_close(final, x, atol=1e-5, rtol=1e-5)
+
+
+def test_dpm_solver_trajectory_of_diffusers():
+    peer = in_float64(
+        diffusers.DPMSolverMultistepScheduler(
+            prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        )
+    )
+    kept = Schedule.make().respace(STEPS).timesteps
+    peer.set_timesteps(STEPS)
+    times = kept.flip(0)
+    signal = Schedule.make().alphas_bar[times]
+    peer.timesteps = times
+    peer.sigmas = torch.cat([((1 - signal) / signal).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    seen: list[torch.Tensor] = []
+    final = dpm_solver_pp_2m(
+        linear_denoiser, start(), Schedule.make(), STEPS, callback=lambda step, timestep, x, x0: seen.append(x)
+    )
+    x = start()
+    for i, now in enumerate(times.tolist()):
+        torch.testing.assert_close(seen[i], x, atol=1e-5, rtol=1e-5)
+        x = peer.step(linear_denoiser(x, torch.full((3,), now)), now, x).prev_sample
+    torch.testing.assert_close(final, x, atol=1e-5, rtol=1e-5)
+
+
+# --- Gaussian data: the best denoiser is known, so the samplers must give the conditional distribution ----------------
+
+
+class Gaussian:
+    """Six correlated values, the first two visible; the rest given them is Gaussian with known mean and covariance."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        root = rng.normal(size=(6, 6)) * 0.5
+        covariance = root @ root.T + 0.1 * np.eye(6)
+        seen, hidden = slice(0, 2), slice(2, 6)
+        gain = covariance[hidden, seen] @ np.linalg.inv(covariance[seen, seen])
+        self.mean = torch.tensor(gain @ np.array([0.9, -0.4]))
+        self.covariance = torch.tensor(covariance[hidden, hidden] - gain @ covariance[seen, hidden])
+        self.schedule = Schedule.make("linear", 1000, 0.8)
+
+    def denoise(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_t, visible]: the posterior mean of a Gaussian seen through Gaussian noise."""
+        signal = self.schedule.alphas_bar[int(timestep[0])]
+        total = signal * self.covariance + (1 - signal) * torch.eye(4, dtype=torch.float64)
+        gain = signal.sqrt() * self.covariance @ torch.linalg.inv(total)
+        return self.mean + (x - signal.sqrt() * self.mean) @ gain.T
+
+    def moments(self, sampler: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact mean and covariance of what a deterministic sampler makes of N(0, I): it is affine in x_T."""
+        run = SAMPLERS[sampler]
+        offset = run(self.denoise, torch.zeros(1, 4, dtype=torch.float64), self.schedule, steps)
+        linear = run(self.denoise, torch.eye(4, dtype=torch.float64), self.schedule, steps) - offset
+        return offset[0], linear.T @ linear
+
+    def error(self, sampler: str, steps: int) -> float:
+        """Largest deviation of the covariance."""
+        return float((self.moments(sampler, steps)[1] - self.covariance).abs().max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_gaussian_conditional_of_deterministic_samplers(sampler):
+    problem = Gaussian()
+    mean, covariance = problem.moments(sampler, 500)
+    torch.testing.assert_close(mean, problem.mean, atol=5e-3, rtol=0)
+    largest = float(problem.covariance.abs().max())
+    torch.testing.assert_close(covariance, problem.covariance, atol=0.02 * largest, rtol=0)
+
+
+def test_errors_fall_at_the_expected_order():
+    """Order 1 for DDIM between 125 and 500 steps; DPM-Solver++(2M) is nearer at every count."""
+    problem = Gaussian()
+    first = math.log(problem.error("ddim", 125) / problem.error("ddim", 500), 4)
+    assert 0.7 < first < 1.3
+    for steps in (50, 125, 500):
+        assert problem.error("dpm++", steps) < problem.error("ddim", steps)
+
+
+def test_gaussian_conditional_of_ddpm():
+    """10,000 ancestral samples: within five standard errors, beyond the bias that 250 steps leave."""
+    problem, count = Gaussian(), 10_000
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    samples = ddpm(problem.denoise, x, problem.schedule, 250, generator)
+    scale = problem.covariance.diagonal().sqrt()
+    assert bool(((samples.mean(0) - problem.mean).abs() < 5 * scale / math.sqrt(count) + 5e-3).all())
+    bound = 5 * math.sqrt(2 / count) * scale[:, None] * scale + 0.02
+    assert bool(((torch.cov(samples.T) - problem.covariance).abs() < bound).all())
+
+
+def test_dpm_solver_is_second_order_on_even_log_steps():
+    """On a schedule whose steps are even in log signal-to-noise, halving the step divides the error by about four."""
+    problem = Gaussian()
+
+    def error(steps: int) -> float:
+        ratio = torch.linspace(4.0, -4.0, steps + 1, dtype=torch.float64)  # log(alpha / sigma), clean to noisy
+        signal = torch.sigmoid(2 * ratio)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+        problem.schedule = Schedule.from_betas(1 - signal / previous, torch.arange(steps + 1))
+        last = {}
+        # stop before the jump to zero noise, which is exact in another way: compare x at the first kept noise level
+        out = [
+            dpm_solver_pp_2m(
+                problem.denoise,
+                x,
+                problem.schedule,
+                steps + 1,
+                callback=lambda step, timestep, x, x0: last.update({timestep: x}),
+            )
+            is not None
+            and last[0]
+            for x in (torch.zeros(1, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64))
+        ]
+        first, end = float(signal[-1]), float(signal[0])
+        eye = torch.eye(4, dtype=torch.float64)
+        # probability flow carries N(m, S) at one noise level to the other along matching square roots
+        values, vectors = torch.linalg.eigh(problem.covariance)
+        gain = ((end * values + 1 - end) / (first * values + 1 - first)).sqrt()
+        exact = vectors @ torch.diag(gain) @ vectors.T @ eye
+        return float(((out[1] - out[0]) - exact).abs().max())
+
+    order = math.log2(error(80) / error(160))
+    assert 1.7 < order < 2.3
+
+
+def test_noise_needs_a_generator():
+    with pytest.raises(ValueError, match="generator"):
+        ddpm(linear_denoiser, start(), Schedule.make(), 3)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    def run(rows: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return ddpm(linear_denoiser, start()[rows], Schedule.make(), 5, generators)
+
+    assert torch.equal(run([0, 1, 2])[1:], run([1, 2]))
