@@ -54,6 +54,8 @@ class FinetuneTask:
         seed: mixed into the draws of each batch.
     """
 
+    monitor = ("val_top1", "max")  # which checkpoint counts as the best
+
     def __init__(
         self,
         model: nn.Module,

@@ -1,0 +1,429 @@
+"""`diffmae finetune --task NAME`: a classifier on a pre-trained encoder, by the training loop of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmae_video.config import Settings, load_settings, read_recipe, recipe_names, with_overrides
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.pipelines import console
+from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS, Loaded, bare_encoder
+from diffmae_video.pipelines.probe import check_probe, probe
+from diffmae_video.pipelines.recipes import choose_recipe, pick_device
+from diffmae_video.pipelines.tasks import find_task_data
+from diffmae_video.pipelines.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from diffmae_video.data.shards import Manifest
+    from diffmae_video.data.stream import ClipStream
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.training.distributed import Distributed
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A fine-tuning run."""
+
+    directory: Path
+    task: str
+    init: str  # `scratch`, or where the weights came from
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that was decided before the first step."""
+
+    task: str
+    source: str | None  # None = scratch
+    recipe: str
+    settings: Settings
+    manifest: Manifest
+
+
+def finetune(
+    task: str,
+    *,
+    init: str = "auto",
+    protocol: str | None = None,
+    data: str | Path | None = None,
+    recipe: str = "auto",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    resume: str = "auto",
+    nproc: int = 1,
+    dry_run: bool = False,
+) -> FinetuneResult | None:
+    """Train a classifier on the training split of a task, or probe a frozen encoder.
+
+    Args:
+        task: data set name, as its shards say.
+        init: `auto` (the workspace's newest pre-training), `scratch`, or a run, export or import of `diffmae import`.
+        protocol: `finetune`, `linear`, `attentive` or `knn`; the recipe's by default.
+        data: shards; the workspace's newest of the task by default.
+        recipe: settings to start from; `auto` takes the peers' for this task and model size on a GPU, else those of
+            the pre-training run, else what fits the device.
+        out: run folder; an unfinished run of the same settings in it is continued.
+        resume: `auto`, `never` or a checkpoint.
+        nproc: processes on this machine.
+        dry_run: print the plan and make nothing; returns None.
+
+    Raises:
+        UsageError, DataError: see the messages.
+    """
+    plan = _plan(task, init, protocol, data, recipe, overrides, seed, device)
+    _describe(plan, device)
+    if dry_run:
+        return None
+    arguments = {"plan": plan, "device": device, "out": out, "resume": resume}
+    if nproc > 1:
+        from diffmae_video.training.distributed import launch
+
+        result = launch(_run, arguments, nproc)
+    else:
+        result = _run(**arguments)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    console.say(f"Done: {result.directory} ({shown}).")
+    return result
+
+
+def _plan(
+    task: str,
+    init: str,
+    protocol: str | None,
+    data: str | Path | None,
+    recipe: str,
+    overrides: Sequence[str],
+    seed: int | None,
+    device: str,
+) -> _Plan:
+    from diffmae_video.pipelines.evaluate import override_of
+
+    configured = override_of(overrides, "data.path")
+    if data is None and configured is None and recipe != "auto":
+        configured = load_settings(recipe, "finetune").data.path
+    manifest, line = find_task_data(task, data, configured)
+    console.say(line)
+    source, line = _find_init(init)
+    console.say(line)
+    description = _read_description(source) if source else None
+    name, why = _choose_recipe(recipe, task, description, manifest, device)
+    console.say(f"Recipe: {name} ({why}).")
+    settings = load_settings(name, "finetune", tuple(overrides))
+    tested = load_settings(name, "evaluate", tuple(overrides)).evaluate
+    changes: dict[str, Any] = {"data": {"path": manifest.root, "sources": []}, "evaluate": tested.model_dump()}
+    if protocol:
+        changes["finetune"] = {"protocol": protocol}
+    if seed is not None:
+        changes["seed"] = seed
+    if description:
+        changes["model"] = _model_of_weights(description["model"], settings, name, overrides, source)
+    settings = with_overrides(settings, **changes)
+    check_probe(settings.finetune.protocol, settings.finetune.pool, settings.model.class_token)
+    for split in (settings.data.split, settings.data.eval_split):
+        if (manifest.samples(split).label < 0).all():
+            raise DataError(f"Split {split} of {manifest.root} has no labels; choose another with data.{split}.")
+    if (manifest.samples(settings.data.split).label < 0).any() and settings.finetune.protocol == "finetune":
+        count = int((manifest.samples(settings.data.split).label < 0).sum())
+        raise DataError(f"{count} samples of {settings.data.split} in {manifest.root} have no label; shard them apart.")
+    return _Plan(task, source, name, settings, manifest)
+
+
+def _find_init(init: str) -> tuple[str | None, str]:
+    if init == "scratch":
+        return None, "Weights: from scratch (--init scratch)."
+    if init != "auto":
+        if not Path(init).exists():
+            raise UsageError(f"--init {init}: there is no such run; give a folder, `scratch` or `auto`.")
+        return init, f"Weights: {init} (--init)."
+    entry = Workspace.here().latest("pretrain")
+    if entry is None:
+        raise UsageError(
+            f"No pre-training is known in {Workspace.here().folder}: run `diffmae pretrain --video` first, or give "
+            "--init PATH or --init scratch."
+        )
+    return entry.path, f"Weights: {entry.path} (the newest pre-training)."
+
+
+def _read_description(source: str) -> dict[str, Any]:
+    """model.json of a run; the weights themselves are read later, by the process that trains."""
+    import json
+
+    path = Path(source) if Path(source).is_dir() else Path(source).parent
+    try:
+        return dict(json.loads((path / "model.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(
+            f"--init {source} holds no model.json: give a run or export of ours, or turn another project's file into "
+            "one with `diffmae import`."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / 'model.json'} cannot be read ({error}); copy or make it again.") from error
+
+
+def _choose_recipe(
+    recipe: str, task: str, description: dict[str, Any] | None, manifest: Manifest, device: str
+) -> tuple[str, str]:
+    if recipe != "auto":
+        return recipe, "chosen by --recipe"
+    place = pick_device(device)
+    if description and place == "cuda":
+        own = f"finetune-{task}-{description['model'].get('preset')}"
+        if own in recipe_names():
+            return own, "the peers' settings for this task and model size"
+    of_run = (description or {}).get("info", {}).get("recipe")
+    if of_run in recipe_names() and read_recipe(of_run).summary:
+        return of_run, "the recipe of the pre-training run"
+    return choose_recipe("finetune", manifest, place, manifest.kind)
+
+
+def _model_of_weights(
+    model: dict[str, Any], settings: Settings, recipe: str, overrides: Sequence[str], source: str | None
+) -> dict[str, Any]:
+    """The checkpoint's model, with what [stage.finetune.model] of the recipe and --set change of it.
+
+    A recipe's plain [model] describes pre-training; the weights have decided that already.
+    """
+    wanted: dict[str, Any] = {}
+    name: str | None = recipe
+    while name:
+        part = read_recipe(name)
+        wanted = part.stages.get("finetune", {}).get("model", {}) | wanted
+        name = part.extends
+    keys = set(wanted)
+    for text in overrides:
+        section, _, key = text.partition("=")[0].strip().partition(".")
+        if section == "model":
+            keys.add(key.partition(".")[0])
+    merged = dict(model)
+    for key in keys:
+        value = settings.model.model_dump(mode="json")[key]
+        if key in FIXED_BY_WEIGHTS and model.get(key, value) != value:
+            raise UsageError(f"model.{key} = {value}: the weights of {source} have {model.get(key)}; leave it out.")
+        merged[key] = value
+    return merged
+
+
+def _describe(plan: _Plan, device: str) -> None:
+    """Say what will be done."""
+    settings = plan.settings
+    counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
+    if settings.data.label_fraction < 1:
+        counts += f", {settings.data.label_fraction:.0%} of their labels"
+    size = "x".join(map(str, settings.model.size))
+    console.say(
+        f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
+        f"{settings.train.steps or f'{settings.train.epochs:g} epochs'}"
+        f"{' steps' if settings.train.steps else ''} of {settings.train.batch_size} clips on {pick_device(device)}."
+    )
+
+
+def build_classifier(
+    source: str | None, settings: Settings, classes: list[str]
+) -> tuple[Classifier, dict[str, Any], str | None]:
+    """The classifier before its first step.
+
+    The head of a classifier is kept where it was trained on the same classes, or has no names and their number (an
+    import); otherwise a new one is drawn by the seed.
+
+    Returns:
+        The model, model.json's info of where it came from, and a line to say about the head (None from scratch).
+    """
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.models.encoder import Encoder
+    from diffmae_video.models.weights import load_model
+
+    tuning = settings.finetune
+    options: dict[str, Any] = {
+        "pool": tuning.pool,
+        "dropout": tuning.dropout,
+        "drop_path": tuning.drop_path,
+        "head_init": tuning.head_init,
+        "seed": settings.seed,
+    }
+    if source is None:
+        return Classifier(Encoder(settings.model, settings.seed), len(classes), **options), {}, None
+    model = load_model(source)
+    built = Classifier(bare_encoder(model), len(classes), **options)
+    line = f"Head: new, for {len(classes)} classes."
+    if isinstance(model, Classifier) and model.pool == tuning.pool and model.num_classes == len(classes):
+        names = model.info.get("classes")
+        if not names or list(names) == classes:
+            built.head.load_state_dict(model.head.state_dict())
+            if built.attention is not None:
+                built.attention.load_state_dict(model.attention.state_dict())
+            line = "Head: kept from the checkpoint, which has the same classes."
+            if not names:
+                line = f"Head: kept from the checkpoint, which has {len(classes)} classes without names."
+    return built, dict(model.info), line
+
+
+def _run(plan: _Plan, device: str, out: Path | None, resume: str) -> FinetuneResult:
+    """The part of one process."""
+    from diffmae_video.training.distributed import start
+
+    with start(device) as processes:
+        settings, manifest = plan.settings, plan.manifest
+        workspace = Workspace.here()
+        info = {
+            "task": plan.task,
+            "dataset": manifest.dataset,
+            "classes": manifest.classes,
+            "recipe": plan.recipe,
+            "init": plan.source or "scratch",
+            "protocol": settings.finetune.protocol,
+            "frames": settings.model.frames,
+            "size": list(settings.model.size),
+            "stride": settings.data.stride,
+        }
+        if settings.finetune.protocol != "finetune":
+            folder = workspace.new_run_directory("finetune", out) if processes.main else None
+            directory = Path(processes.broadcast(str(folder)))
+            loaded = _frozen(plan, processes.device)
+            metrics = probe(processes, loaded, manifest, directory, info)
+            step = 0
+        else:
+            directory, step, metrics = _train(plan, processes, out, resume, info)
+        if processes.main and (settings.finetune.protocol != "knn"):
+            workspace.record("finetune", directory, task=plan.task, dataset=manifest.dataset, init=info["init"])
+        return FinetuneResult(directory, plan.task, info["init"], step, metrics)
+
+
+def _train(
+    plan: _Plan, processes: Distributed, out: Path | None, resume: str, info: dict[str, Any]
+) -> tuple[Path, int, dict[str, float]]:
+    """Fine-tune through the training loop: (directory, step, metrics)."""
+    from diffmae_video.data.stream import build_stream
+    from diffmae_video.evaluation.finetuning import FinetuneTask
+    from diffmae_video.models.patches import normalize_pixels
+    from diffmae_video.training.loop import micro_batch_size, train
+
+    settings, manifest = plan.settings, plan.manifest
+    micro = micro_batch_size(settings.train, processes.world)
+    model, before, line = build_classifier(plan.source, settings, manifest.classes)
+    if line:
+        console.say(line)
+    if settings.train.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if settings.finetune.freeze > model.encoder.depth:
+        raise UsageError(
+            f"finetune.freeze = {settings.finetune.freeze}: the encoder has {model.encoder.depth} blocks; lower it."
+        )
+
+    def normalize(clips: Tensor) -> Tensor:
+        return normalize_pixels(clips, settings.model.pixel_norm)
+
+    def validate(network: nn.Module, step: int) -> dict[str, float]:
+        return quick_accuracy(network, settings, processes, normalize, micro)
+
+    def streams(rank: int, world: int) -> ClipStream:
+        return build_stream(
+            settings, split=settings.data.split, batch_size=micro, training=True, rank=rank, world=world
+        )
+
+    task = FinetuneTask(
+        model,
+        settings.finetune,
+        classes=len(manifest.classes),
+        normalize=normalize,
+        describe={**{key: value for key, value in before.items() if key == "source"}, **info},
+        evaluate=validate,
+        seed=settings.seed,
+    )
+    identity = f"{manifest.hash} from {_digest(plan.source)}"
+    directory = processes.broadcast(str(_directory(settings, identity, out, resume)) if processes.main else None)
+    result = train(
+        task,
+        settings,
+        streams,
+        Path(directory),
+        kind="finetune",
+        data_hash=identity,
+        resume=resume,
+        distributed=processes,
+        progress=console.progress,
+        say=console.say,
+    )
+    kept = ("loss", "train_top1", "val_loss", "val_top1", "val_top5")
+    return result.directory, result.step, {key: result.metrics[key] for key in kept if key in result.metrics}
+
+
+def _directory(settings: Settings, identity: str, out: Path | None, resume: str) -> Path:
+    """`--out`, or the newest unfinished run of the same settings, or a new folder."""
+    from diffmae_video.training import run
+
+    if out is not None:
+        return out
+    workspace = Workspace.here()
+    wanted = run.identity(settings, "finetune", identity)
+    if resume == "auto":
+        for folder in sorted((workspace.folder / "runs").glob("finetune-*"), reverse=True):
+            status = run.read_status(folder)
+            if status and status.get("status") != "finished" and not run.difference(status.get("identity", {}), wanted):
+                return folder
+    return workspace.new_run_directory("finetune")
+
+
+def quick_accuracy(
+    model: nn.Module, settings: Settings, processes: Distributed, normalize: Callable[[Tensor], Tensor], batch: int
+) -> dict[str, float]:
+    """Loss, top-1 and top-5 on the evaluation split, one centre view a video. A collective."""
+    import torch
+    import torch.nn.functional as F
+
+    from diffmae_video.data.stream import build_stream
+    from diffmae_video.evaluation.metrics import top_k_hits
+
+    sums = torch.zeros(4, dtype=torch.float64)  # videos, loss, top-1, top-5
+    stream = build_stream(
+        settings,
+        split=settings.data.eval_split,
+        batch_size=batch,
+        training=False,
+        rank=processes.rank,
+        world=processes.world,
+    )
+    with stream, torch.inference_mode():
+        for part in stream:
+            known = part.labels >= 0
+            if not known.any():
+                continue
+            labels = part.labels[known]
+            logits = model(normalize(part.clips[known].to(processes.device))).float().cpu()  # (B, K)
+            hits = [top_k_hits(logits, labels, k).sum() for k in (1, 5)]
+            sums += torch.tensor([len(labels), F.cross_entropy(logits, labels, reduction="sum"), *hits])
+    videos, loss, top1, top5 = processes.sum(sums).tolist()
+    return {"val_loss": loss / videos, "val_top1": top1 / videos, "val_top5": top5 / videos} if videos else {}
+
+
+def _digest(source: str | None) -> str:
+    from diffmae_video.data.shards import sha256_of
+    from diffmae_video.models.weights import WEIGHTS
+
+    if source is None:
+        return "scratch"
+    return sha256_of((Path(source) if Path(source).is_dir() else Path(source).parent) / WEIGHTS)
+
+
+def _frozen(plan: _Plan, device: torch.device) -> Loaded:
+    """The model a probe looks at."""
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.models.encoder import Encoder
+    from diffmae_video.models.weights import load_model
+
+    settings, digest = plan.settings, _digest(plan.source)
+    if plan.source is None:
+        model: nn.Module = Classifier(Encoder(settings.model, settings.seed), 0)
+        digest = f"scratch {settings.seed} {settings.model}"
+    else:
+        model = load_model(plan.source)
+    return Loaded(model.to(device).eval().requires_grad_(False), settings, dict(model.info), digest, device)

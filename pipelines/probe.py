@@ -1,0 +1,192 @@
+"""Probes: what a frozen encoder knows, from features cached in one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmae_video.config import settings_toml
+from diffmae_video.errors import UsageError
+from diffmae_video.pipelines import console
+from diffmae_video.pipelines.classifiers import Loaded, bare_encoder
+from diffmae_video.pipelines.features import Features, split_features
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffmae_video.data.shards import Manifest
+    from diffmae_video.evaluation.metrics import ClassificationScores
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.training.distributed import Distributed
+
+
+def probe(
+    processes: Distributed, loaded: Loaded, manifest: Manifest, directory: Path, info: dict[str, Any]
+) -> dict[str, float]:
+    """Probe the encoder of `loaded` by `finetune.protocol` and write the result into `directory`. A collective.
+
+    The linear and the attentive probe leave a classifier that `diffmae eval` takes; kNN has nothing to keep.
+
+    Args:
+        loaded: the initial model with the settings of this run.
+        info: facts for model.json.
+
+    Returns:
+        val_top1, val_top5 and what the probe chose.
+    """
+    import torch
+
+    from diffmae_video.data.order import label_subset
+    from diffmae_video.evaluation.classify import ViewSettings
+    from diffmae_video.evaluation.views import Protocol
+
+    settings = loaded.settings
+    protocol = settings.finetune.protocol
+    frames = 1 if manifest.kind == "image" else settings.model.frames
+    spec = ViewSettings((Protocol(1, 1),), frames, settings.data.stride, settings.model.size)
+    pool = "class" if settings.finetune.pool == "class" else "mean"
+    options: dict[str, Any] = {"tokens": protocol == "attentive", "pool": pool}
+    labels = manifest.samples(settings.data.split).label
+    fraction = settings.data.label_fraction
+    subset = None if fraction == 1 and (labels >= 0).all() else label_subset(labels, fraction, settings.seed)
+    if subset is not None:
+        subset = subset[labels[subset] >= 0]
+    train = split_features(processes, loaded, manifest, settings.data.split, spec, samples=subset, **options)
+    held = manifest.samples(settings.data.eval_split).label >= 0
+    chosen = None if held.all() else held.nonzero()[0]
+    test = split_features(processes, loaded, manifest, settings.data.eval_split, spec, samples=chosen, **options)
+    console.say(f"Probe: {len(train.labels)} training and {len(test.labels)} evaluation videos.")
+    if not processes.main:
+        return processes.broadcast(None)
+    directory.mkdir(parents=True, exist_ok=True)
+    classifier, facts = None, {}
+    if protocol == "knn":
+        from diffmae_video.evaluation.probes import knn_probabilities
+
+        probabilities = knn_probabilities(
+            test.features, train.features, train.labels, len(manifest.classes), neighbours=settings.finetune.knn
+        )
+    else:
+        fit = _linear if protocol == "linear" else _attentive
+        classifier, facts = fit(loaded, train, len(manifest.classes))
+        with torch.inference_mode():
+            probabilities = _head_probabilities(classifier, test.features)
+    scores = _write(directory, loaded, manifest, test, probabilities, classifier, info, facts)
+    return processes.broadcast({"val_top1": scores.top1, "val_top5": scores.top5, **facts})
+
+
+def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, dict[str, float]]:
+    import torch
+
+    from diffmae_video.evaluation.probes import fit_linear
+    from diffmae_video.models.classifier import Classifier
+
+    settings = loaded.settings
+    fitted = fit_linear(train.features, train.labels, classes, seed=settings.seed)
+    pool = "class" if settings.finetune.pool == "class" else "mean"
+    classifier = Classifier(bare_encoder(loaded.model), classes, pool=pool).cpu().eval()
+    with torch.no_grad():
+        classifier.head.weight.copy_(fitted.weight)
+        classifier.head.bias.copy_(fitted.bias)
+    return classifier, {"penalty": fitted.penalty, "held_out_top1": fitted.held_out_top1}
+
+
+def _attentive(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, dict[str, float]]:
+    from diffmae_video.evaluation.probes import fit_head
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.training.optim import peak_learning_rate
+
+    settings = loaded.settings
+    encoder = bare_encoder(loaded.model)
+    classifier = Classifier(
+        encoder,
+        classes,
+        pool="attentive",
+        dropout=settings.finetune.dropout,
+        head_init=settings.finetune.head_init,
+        seed=settings.seed,
+    )
+    classifier.requires_grad_(False)
+    trained = [*classifier.attention.parameters(), *classifier.head.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    classifier.to(loaded.device).train()
+    batch = min(settings.train.batch_size, len(train.labels))
+    epochs = max(1, round(settings.train.epochs))
+    if settings.train.steps:
+        epochs = max(1, round(settings.train.steps * batch / len(train.labels)))
+    with console.progress(epochs * -(-len(train.labels) // batch), "attentive probe", "steps") as bar:
+        loss = fit_head(
+            classifier.forward_head,
+            trained,
+            train.features,
+            train.labels,
+            epochs=epochs,
+            batch_size=batch,
+            lr=peak_learning_rate(settings.train),
+            weight_decay=settings.train.weight_decay,
+            seed=settings.seed,
+            device=str(loaded.device),
+            advance=lambda value: bar.update(1, loss=f"{value:.3f}"),
+        )
+    return classifier.cpu().eval(), {"train_loss": loss}
+
+
+def _head_probabilities(classifier: Classifier, features: Tensor) -> Tensor:
+    """Softmax (n, K) of the head on cached features: pooled (n, D), or tokens (n, N, D)."""
+    import torch
+
+    rows = []
+    for part in features.split(256):
+        part = part.float()
+        rows.append(classifier.forward_head(part) if part.ndim == 3 else classifier.head(part))
+    return torch.cat(rows).softmax(dim=-1)
+
+
+def _write(
+    directory: Path,
+    loaded: Loaded,
+    manifest: Manifest,
+    test: Features,
+    probabilities: Tensor,
+    classifier: Classifier | None,
+    info: dict[str, Any],
+    facts: dict[str, float],
+) -> ClassificationScores:
+    from diffmae_video.evaluation.metrics import classification_scores
+    from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
+    from diffmae_video.models.weights import save_model
+
+    settings = loaded.settings
+    scores = classification_scores(
+        probabilities, test.labels, bootstrap=settings.evaluate.bootstrap, seed=settings.seed
+    )
+    keys = [manifest.samples(settings.data.eval_split).key(index) for index in test.samples.tolist()]
+    write_predictions(directory / FILE, Predictions(keys, test.labels, manifest.classes, {"1x1": probabilities}))
+    (directory / "config.toml").write_text(settings_toml(settings), encoding="utf-8")
+    if classifier is not None:
+        save_model(classifier, directory, info)
+    interval = scores.top1_interval
+    report = {
+        "protocol": settings.finetune.protocol,
+        "task": manifest.dataset,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "mean_class_accuracy": scores.mean_class_accuracy,
+        "top1_interval": [interval.low, interval.high] if interval else None,
+        "videos": {"used": scores.videos, "failed": len(test.failed)},
+        "failed": test.failed,
+        **facts,
+    }
+    write_json(directory / "probe.json", report)
+    rows = [[settings.finetune.protocol, scores.top1 * 100, scores.top5 * 100, scores.mean_class_accuracy * 100]]
+    console.table(f"{manifest.dataset}, 1x1 views", ["probe", "top-1 %", "top-5 %", "mean class %"], rows)
+    return scores
+
+
+def check_probe(protocol: str, pool: str, class_token: bool) -> None:
+    """Refuse what cannot be probed before anything is computed."""
+    if pool == "class" and not class_token:
+        raise UsageError("finetune.pool=class: this encoder has no class token; use mean or attentive.")
+    if protocol == "attentive" and pool == "class":
+        raise UsageError("finetune.pool=class: the attentive probe pools by attention; leave finetune.pool out.")

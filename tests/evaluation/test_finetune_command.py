@@ -1,0 +1,194 @@
+"""`diffmae finetune`: from scratch, from a pre-training, probes, and everything it must refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmae_video.config import ModelSettings, Settings, settings_toml, with_overrides
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.evaluation.predictions import read_predictions
+from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.weights import load_model, save_model
+from diffmae_video.pipelines.evaluate import evaluate
+from diffmae_video.pipelines.finetune import build_classifier, finetune
+from diffmae_video.pipelines.workspace import Workspace
+
+RECIPE = """
+[model]
+preset = "nano"
+width = 32
+depth = 2
+heads = 2
+frames = 4
+size = [32, 32]
+decoder_width = 32
+decoder_depth = 1
+decoder_heads = 2
+[data]
+stride = 2
+workers = 0
+crop = "center"
+flip = 0.0
+[train]
+batch_size = 6
+steps = 4
+base_lr = 0.05
+precision = "fp32"
+checkpoint_every = 2
+log_every = 1
+picture_every = 0
+[finetune]
+mixup = 0.0
+cutmix = 0.0
+drop_path = 0.0
+[stage.evaluate.evaluate]
+views = "2x1"
+bootstrap = 20
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: Callable) -> Path:
+    """A workspace with sharded squares and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    make_shards(tmp_path / "shards", {"train": 12, "val": 6})
+    Workspace.here().record("shards", tmp_path / "shards", dataset="squares")
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def pretrained(folder: Path, **model) -> Path:
+    """A pre-training run with random weights, on record."""
+    fields = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
+    settings = Settings(model=ModelSettings(**{**fields, "preset": "nano", "frames": 4, "size": (32, 32), **model}))
+    save_model(DiffMAE(settings.model, seed=5), folder, {"recipe": "smoke"})
+    (folder / "config.toml").write_text(settings_toml(settings))
+    Workspace.here().record("pretrain", folder, dataset="squares")
+    return folder
+
+
+def test_chain_from_scratch_to_eval(here: Path) -> None:
+    result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu")
+    assert (result.step, result.init) == (4, "scratch")
+    assert result.directory == here / "runs" / "finetune-001"
+    assert {"val_top1", "val_top5"} <= set(result.metrics)
+    model = load_model(result.directory)
+    assert isinstance(model, Classifier)
+    assert model.info["classes"] == ["right", "left", "down"]
+    report = evaluate("squares", device="cpu").report
+    assert list(report["views"]) == ["2x1"]  # the recipe's [stage.evaluate]
+    assert report["checkpoint"] == str(result.directory)
+
+
+def test_pretrained_encoder_is_taken_over(here: Path) -> None:
+    run = pretrained(here / "runs" / "pretrain-001")
+    settings = with_overrides(Settings(model=load_model(run).settings), finetune={"drop_path": 0.0})
+    model, _, line = build_classifier(str(run), settings, ["a", "b"])
+    assert "new" in line
+    source = load_model(run).encoder
+    for name, tensor in model.encoder.blocks.state_dict().items():
+        assert torch.equal(tensor, source.blocks.state_dict()[name])
+    assert torch.equal(model.fc_norm.weight, source.norm.weight)
+    result = finetune("squares", recipe="tiny.toml", device="cpu", overrides=["train.steps=1"])
+    assert result.init == str(run)
+
+
+def test_a_model_with_other_frames_and_size(here: Path) -> None:
+    run = pretrained(here / "runs" / "pretrain-001", frames=8, size=(64, 64))
+    changes = ["model.frames=4", "model.size=[32, 32]", "data.stride=3", "train.steps=1"]
+    result = finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=changes)
+    info = load_model(result.directory).info
+    assert (info["frames"], info["size"], info["stride"]) == (4, [32, 32], 3)
+    report = evaluate("squares", device="cpu", views="1x1").report
+    assert (report["frames"], report["size"], report["stride"]) == (4, [32, 32], 3)
+    plain = finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["train.steps=1"])
+    assert load_model(plain.directory).info["frames"] == 8  # a recipe's [model] is about pre-training
+
+
+def test_training_improves_the_loss_and_repeats(here: Path) -> None:
+    overrides = ["train.steps=25", "train.checkpoint_every=100"]
+    losses = []
+    for _ in range(2):
+        result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=overrides)
+        lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line.get("loss") is not None])
+    assert losses[0] == losses[1]
+    assert sum(losses[0][-5:]) < 0.9 * sum(losses[0][:5])
+
+
+def test_label_fraction_and_frozen_blocks(here: Path) -> None:
+    overrides = ["data.label_fraction=0.25", "train.batch_size=3", "finetune.freeze=1", "train.steps=2"]
+    result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=overrides)
+    trained, fresh = load_model(result.directory), Encoder(load_model(result.directory).settings, seed=0)
+    assert torch.equal(trained.encoder.patch_embed.proj.weight, fresh.patch_embed.proj.weight)
+    assert torch.equal(trained.encoder.blocks[0].mlp.fc1.weight, fresh.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(trained.encoder.blocks[1].mlp.fc1.weight, fresh.blocks[1].mlp.fc1.weight)
+    with pytest.raises(UsageError, match="has 2 blocks"):
+        finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=["finetune.freeze=3"])
+
+
+@pytest.mark.parametrize("protocol", ["linear", "attentive"])
+def test_probe_leaves_a_classifier_that_eval_agrees_with(here: Path, protocol: str) -> None:
+    run = pretrained(here / "runs" / "pretrain-001")
+    result = finetune("squares", protocol=protocol, recipe="tiny.toml", device="cpu")
+    probed = json.loads((result.directory / "probe.json").read_text())
+    assert probed["top1"] == result.metrics["val_top1"]
+    model, source = load_model(result.directory), load_model(run).encoder
+    assert torch.equal(model.encoder.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    tested = evaluate("squares", device="cpu", views="1x1")
+    expected = read_predictions(result.directory).probabilities["1x1"]
+    tolerance = 1e-4 if protocol == "linear" else 2e-2  # tokens are cached in half precision
+    assert torch.allclose(read_predictions(tested.directory).probabilities["1x1"], expected, atol=tolerance)
+
+
+def test_knn_and_reused_features(here: Path) -> None:
+    pretrained(here / "runs" / "pretrain-001")
+    first = finetune("squares", protocol="knn", recipe="tiny.toml", device="cpu", overrides=["finetune.knn=3"])
+    cached = sorted((here / ".diffmae" / "features").rglob("*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in cached]
+    assert len(cached) == 2
+    finetune("squares", protocol="linear", recipe="tiny.toml", device="cpu")
+    assert [path.stat().st_mtime_ns for path in cached] == stamps
+    assert read_predictions(first.directory).probabilities["1x1"].sum(1).allclose(torch.ones(6))
+    assert Workspace.here().latest("finetune").path.endswith("finetune-002")  # kNN leaves no classifier
+
+
+def test_classes_of_a_classifier_keep_its_head(here: Path) -> None:
+    first = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu")
+    settings = with_overrides(Settings(model=load_model(first.directory).settings), finetune={"drop_path": 0.0})
+    same, _, line = build_classifier(str(first.directory), settings, ["right", "left", "down"])
+    assert "kept" in line
+    clips = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(same.eval()(clips), load_model(first.directory).eval()(clips))
+    other, _, line = build_classifier(str(first.directory), settings, ["right", "down", "left"])
+    assert "new" in line
+    assert not torch.equal(other.head.weight, same.head.weight)
+
+
+def test_refusals(here: Path) -> None:
+    with pytest.raises(UsageError, match="No pre-training is known"):
+        finetune("squares", recipe="tiny.toml", device="cpu")
+    with pytest.raises(UsageError, match="no such run"):
+        finetune("squares", init="nowhere", recipe="tiny.toml", device="cpu")
+    with pytest.raises(UsageError, match="did you mean squares"):
+        finetune("square", init="scratch", recipe="tiny.toml", device="cpu")
+    (here / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"holds no model\.json"):
+        finetune("squares", init="empty", recipe="tiny.toml", device="cpu")
+    with pytest.raises(DataError, match="no split"):
+        finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=["data.split=test"])
+    run = pretrained(here / "runs" / "pretrain-001")
+    with pytest.raises(UsageError, match="have 16"):
+        finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["model.patch=8"])
+    with pytest.raises(UsageError, match="no class token"):
+        finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["finetune.pool=class"])
+    assert finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", dry_run=True) is None
+    assert not (here / "runs" / "finetune-001").exists()
