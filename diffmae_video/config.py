@@ -328,6 +328,12 @@ class RenderSettings(Section):
     """Pixels inside the mask over which the result fades in."""
     stride: Positive | None = None
     """Distance between the frames of a window; the model's own by default."""
+    window: Literal["auto", "whole", "tiles"] = "auto"
+    """Where the model looks: squares around the holes where they fit, the whole frame, or overlapping squares."""
+    batch: Positive = 4
+    """Clips sampled at once."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast type of sampling; `auto` is bf16 on a GPU and fp32 elsewhere."""
     codec: Literal["h264", "ffv1", "gif", "png"] = "h264"
     """Output format."""
     crf: Annotated[int, Field(ge=0, le=51)] = 17
