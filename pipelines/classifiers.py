@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from diffmae_video.pipelines.workspace import Workspace
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from diffmae_video.models.encoder import Encoder
 
 FIXED_BY_WEIGHTS = (
     *("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "positions"),
@@ -62,17 +59,6 @@ class Loaded:
         with self.autocast():
             logits = self.model(self.prepare(clips))
         return logits.float().softmax(dim=-1)
-
-
-def bare_encoder(model: nn.Module) -> Encoder:
-    """A copy of a model's encoder with its last norm in place (a classifier that pools the mean has moved it)."""
-    from torch.nn import Identity
-
-    encoder = copy.deepcopy(model.encoder)
-    norm = getattr(model, "fc_norm", None)
-    if isinstance(encoder.norm, Identity) and norm is not None:
-        encoder.norm = copy.deepcopy(norm)
-    return encoder
 
 
 def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffmae_video._version import __version__
 from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import Loaded, bare_encoder, find_run, load
+from diffmae_video.pipelines.classifiers import Loaded, find_run, load
 from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def split_features(
         return read_features(path)
     if cached is not None:
         raise UsageError(f"{path} holds other features; name another folder with --out or remove it.")
-    network = bare_encoder(loaded.model)
+    network = copy.deepcopy(loaded.model.encoder)
     if not tokens:
         network = Classifier(network, 0, pool=pool)
     network.eval()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffmae_video.config import Settings, load_settings, read_recipe, recipe_names, with_overrides
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS, Loaded, bare_encoder
+from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS, Loaded
 from diffmae_video.pipelines.probe import check_probe, probe
 from diffmae_video.pipelines.recipes import choose_recipe, pick_device
 from diffmae_video.pipelines.tasks import find_task_data
@@ -253,7 +253,7 @@ def build_classifier(
     if source is None:
         return Classifier(Encoder(settings.model, settings.seed), len(classes), **options), {}, None
     model = load_model(source)
-    built = Classifier(bare_encoder(model), len(classes), **options)
+    built = Classifier(model.encoder, len(classes), **options)
     line = f"Head: new, for {len(classes)} classes."
     if isinstance(model, Classifier) and model.pool == tuning.pool and model.num_classes == len(classes):
         names = model.info.get("classes")

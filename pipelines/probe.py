@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmae_video.config import settings_toml
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import Loaded, bare_encoder
+from diffmae_video.pipelines.classifiers import Loaded
 from diffmae_video.pipelines.features import Features, split_features
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, 
     settings = loaded.settings
     fitted = fit_linear(train.features, train.labels, classes, seed=settings.seed)
     pool = "class" if settings.finetune.pool == "class" else "mean"
-    classifier = Classifier(bare_encoder(loaded.model), classes, pool=pool).cpu().eval()
+    classifier = Classifier(copy.deepcopy(loaded.model.encoder), classes, pool=pool).cpu().eval()
     with torch.no_grad():
         classifier.head.weight.copy_(fitted.weight)
         classifier.head.bias.copy_(fitted.bias)
@@ -97,7 +98,7 @@ def _attentive(loaded: Loaded, train: Features, classes: int) -> tuple[Classifie
     from diffmae_video.training.optim import peak_learning_rate
 
     settings = loaded.settings
-    encoder = bare_encoder(loaded.model)
+    encoder = copy.deepcopy(loaded.model.encoder)
     classifier = Classifier(
         encoder,
         classes,
