@@ -56,13 +56,15 @@ _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
 class Look:
     """How clips look, hence how hard they are. Lengths are in pixels of a 32-pixel frame and grow with the frame."""
 
-    contrast: float = 60.0
-    """Brightness of the object against the background, 0..255; brighter on dark ones, darker on bright ones."""
-    object_texture: float = 10.0
+    brightness: tuple[float, float] = (50.0, 70.0)
+    """Darkest and brightest background, 0..255."""
+    contrast: float = 100.0
+    """How much the object differs from the background, 0..255: the background, 0..255; brighter on dark ones, darker on bright ones."""
+    object_texture: float = 8.0
     """Standard deviation of the object's texture, 0..255."""
-    pattern: float = 30.0
+    pattern: float = 35.0
     """Amplitude of the spokes and of the rings on the object, 0..255: large marks that turn and grow with it."""
-    background_texture: float = 10.0
+    background_texture: float = 8.0
     """Standard deviation of the background's texture, 0..255."""
     object_grain: float = 8.0
     """Size of the features of the object's texture, pixels."""
@@ -124,7 +126,7 @@ def motion_clip(
     # One fixed order of draws, the same for every class: the class changes the motion and nothing else.
     background = _texture(rng, rng.uniform(*look.background_grain), look.colour)
     octaves = [_texture(rng, look.object_grain, look.colour) for _ in range(_OCTAVES)]
-    brightness = rng.uniform(60, 195)
+    brightness = rng.uniform(*look.brightness)
     base = brightness + rng.normal(0, 10, 3)
     towards = 1.0 if brightness < 128 else -1.0  # so that neither the object nor its marks are clipped
     offset = look.contrast * towards * rng.uniform(0.7, 1.3) + rng.normal(0, 10, 3)
