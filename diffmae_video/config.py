@@ -50,6 +50,8 @@ class TeacherSettings(Section):
     """Factor of the feature loss beside the pixel loss."""
     depth: Positive = 4
     """Blocks of the feature decoder."""
+    width: Positive | None = None
+    """Width of the teacher's features; asked of the teacher without it, which then must load wherever the model does."""
 
 
 class ModelSettings(Section):

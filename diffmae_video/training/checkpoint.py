@@ -33,7 +33,7 @@ from diffmae_video.training.distributed import Distributed
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _NAME = re.compile(r"step-(\d{8,})")
 FORMAT = 1
-Then = Callable[[dict[str, Tensor]], None]
+Then = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Checkpointer:
         Args:
             tensors: of this rank; tensors that all ranks hold alike are written once.
             state: numbers of the run, JSON-like; must hold "step".
-            then: called on rank 0 in the writing thread, with the copy, once the checkpoint stands.
+            then: called on rank 0 in the writing thread once the checkpoint stands.
 
         Raises:
             DiffmaeError: the save before this one failed.
@@ -209,7 +209,7 @@ class Checkpointer:
                 copy_to_mirror(final, self.mirror)
             if then is not None:
                 try:
-                    then(tensors)
+                    then()
                 except OSError as caught:
                     raise _save_error(caught, final) from caught
 

@@ -1,0 +1,78 @@
+"""How the model is spread over processes: DistributedDataParallel or FSDP2 (`fully_shard`), and torch.compile."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmae_video.config import TrainSettings
+from diffmae_video.training.distributed import Distributed
+
+
+def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed) -> nn.Module:
+    """The module to call in training. `model` itself keeps its names and stays the one to save, sample and inspect.
+
+    FSDP2 shards every block of the encoder and decoder (any child of a ModuleList) and then the rest, in place.
+    """
+    if train.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    wrapped: nn.Module = model
+    if distributed.world > 1 and train.sharding == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(distributed.device.type, (distributed.world,))
+        for module in list(model.modules()):
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    if any(True for _ in block.parameters()):
+                        fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for name in ("encode", "denoise", "sample", "forward_features"):  # they read parameters outside forward
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+    elif distributed.world > 1:
+        places = [distributed.device] if distributed.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return torch.compile(wrapped) if train.compile else wrapped  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def synchronized(wrapped: nn.Module, last: bool) -> Any:
+    """Exchange gradients in the last micro-batch of a step only."""
+    module = getattr(wrapped, "_orig_mod", wrapped)
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(last)
+        yield
+    elif not last and hasattr(module, "no_sync"):  # DDP
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def gradient_norm(model: nn.Module, limit: float) -> Tensor:
+    """Total norm of the gradients over all processes, clipped to `limit` where that is above 0."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if limit > 0:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def full_state(model: nn.Module, average: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Unsharded weights on the host, with the moving average in place of the parameters where there is one.
+
+    A collective under FSDP.
+    """
+    state = {**model.state_dict(), **(average or {})}
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().to("cpu", copy=True)
+        for name, tensor in state.items()
+    }

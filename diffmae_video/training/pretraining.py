@@ -1,0 +1,152 @@
+"""Pre-training as a task for the training loop: mask, draw, denoise; validation loss and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffmae_video.config import MaskSettings, Settings
+from diffmae_video.data.stream import Batch
+from diffmae_video.masking import Mask, make_mask
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels, unpatchify
+from diffmae_video.training.distributed import Distributed
+from diffmae_video.training.loop import LossOutput
+
+PICTURE_CLIPS = 4  # clips in a picture
+PICTURE_FRAMES = 8  # columns of a picture, at most
+PICTURE_STEPS = 20  # denoising steps of "full sampling" in training pictures
+VALIDATION_CLIPS = 512  # a fixed part of the validation split is enough for a loss curve
+
+
+class PretrainTask:
+    """DiffMAE's loss on batches of one or several sources.
+
+    Args:
+        model: to train.
+        settings: mask and pixel scaling; `data.sources` where the batches come from a mix.
+        open_validation: (clips per batch) -> a stream over one pass of the validation split, or None where there is
+            no such split.
+        distributed: the processes.
+        describe: facts for model.json.
+    """
+
+    monitor = ("val_loss", "min")
+
+    def __init__(
+        self,
+        model: DiffMAE,
+        settings: Settings,
+        open_validation: Callable[[int, bool], Any] | None,
+        distributed: Distributed,
+        describe: dict[str, Any],
+    ) -> None:
+        self.model, self.settings, self.distributed, self.describe = model, settings, distributed, describe
+        self.open_validation = open_validation
+        sources = settings.data.sources
+        self.masks = [source.mask or settings.mask for source in sources] or [settings.mask]
+        self._shown: Batch | None = None
+
+    def _prepare(self, batch: Batch, device: torch.device, mask: MaskSettings) -> tuple[Tensor, Mask]:
+        clips = normalize_pixels(batch.clips.to(device, non_blocking=True), self.settings.model.pixel_norm)
+        shape = grid_shape(*clips.shape[2:], self.model.tubelet, self.model.patch)  # clips (B, C, T, H, W)
+        return clips, make_mask(mask.kind, mask.ratio, shape, mask_seeds(batch.seeds)).to(device)
+
+    def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:
+        """Mean squared error on the masked patches of a micro-batch."""
+        clips, mask = self._prepare(batch, device, self.masks[batch.source])
+        output = model(clips, mask, self.model.draw(batch.seeds, mask))
+        metrics = {}
+        if len(self.masks) > 1:  # a mix: one curve a source; zero where the batch was of another
+            for number in range(len(self.masks)):
+                here = output.loss.detach() if number == batch.source else torch.zeros((), device=device)
+                metrics[f"loss_source_{number}"] = here
+        return LossOutput(output.loss, output.per_sample.detach(), metrics)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Loss on the first clips of the validation split, with masks and noise that never change."""
+        if self.open_validation is None:
+            return {}
+        total = torch.zeros(2, dtype=torch.float64)
+        limit = VALIDATION_CLIPS // self.distributed.world
+        size = max(1, self.settings.train.batch_size // self.settings.train.accumulate // self.distributed.world)
+        if self.distributed.world > 1 and self.settings.train.sharding == "fsdp":
+            size, limit = min(size, 8), 0  # ranks must compute in step: one batch each, which all of them have
+        stream = self.open_validation(size, False)
+        try:
+            for batch in stream:
+                clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
+                output = model(clips, mask, self.model.draw(batch.seeds, mask))
+                total += torch.stack([output.per_sample.sum().cpu().double(), torch.tensor(float(len(clips)))])
+                if total[1] >= limit:
+                    break
+        finally:
+            stream.close()
+        total = self.distributed.sum(total)
+        return {"val_loss": float(total[0] / total[1])} if total[1] else {}
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, step: int) -> dict[str, np.ndarray]:
+        """`reconstruction`: for each clip the rows input, masked, one step (the MAE picture), full sampling, some
+        frames of each; `sampling`: input, masked and result side by side as video."""
+        if self.open_validation is None:
+            return {}
+        if self._shown is None:
+            stream = self.open_validation(PICTURE_CLIPS, True)
+            self._shown = next(iter(stream))
+            stream.close()
+        batch = self._shown
+        clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
+        first: list[Tensor] = []
+        result = model.sample(
+            clips,
+            mask,
+            seeds=batch.seeds,
+            steps=PICTURE_STEPS,
+            borrow_statistics=self.settings.model.target == "norm_pixel",
+            callback=lambda count, timestep, x0: first.append(x0) if not first else None,
+        )
+        norm = self.settings.model.pixel_norm
+        source, one, full = (denormalize_pixels(x, norm).cpu() for x in (clips, first[0], result))
+        hidden = hide(source, mask, self.model.tubelet, self.model.patch)
+        rows = [source, hidden, one, full]  # each uint8 (B, T, C, H, W)
+        pictures = {"reconstruction": frame_sheet(rows)}
+        if source.shape[1] > 1:
+            side = torch.cat([source[0], hidden[0], full[0]], dim=3)  # (T, C, H, 3W)
+            pictures["sampling"] = side.permute(0, 2, 3, 1).numpy()
+        return pictures
+
+    def info(self) -> dict[str, Any]:
+        """For model.json."""
+        return dict(self.describe)
+
+
+def mask_seeds(seeds: Tensor) -> Tensor:
+    """Seeds of the masks, apart from the seeds of timestep and noise, so that the two draws are independent."""
+    return (seeds * 6364136223846793005 + 1442695040888963407) & (2**62 - 1)
+
+
+def hide(clips: Tensor, mask: Mask, tubelet: int, patch: int) -> Tensor:
+    """Clips uint8 (B, T, C, H, W) with masked patches grey."""
+    frames, _, height, width = clips.shape[1:]
+    values = mask.grid.cpu()[:, :, None].expand(-1, -1, tubelet * patch * patch * 3).float()  # (B, N, P)
+    shape = grid_shape(frames, height, width, tubelet, patch)
+    where = unpatchify(values, shape, tubelet, patch)[:, :, :frames].transpose(1, 2) > 0  # (B, T, C, H, W)
+    return torch.where(where, torch.full_like(clips, 118), clips)
+
+
+def frame_sheet(rows: Sequence[Tensor]) -> np.ndarray:
+    """One image uint8 (H', W', 3): per clip all rows, up to PICTURE_FRAMES frames each; small frames are enlarged."""
+    frames = rows[0].shape[1]
+    columns = np.unique(np.linspace(0, frames - 1, min(frames, PICTURE_FRAMES)).round().astype(int))
+    stacked = torch.stack(list(rows), dim=1)[:, :, columns]  # (B, rows, columns, C, H, W)
+    stacked = torch.nn.functional.pad(stacked, (1, 1, 1, 1), value=255)
+    batch, lines, count, channels, height, width = stacked.shape
+    sheet = stacked.permute(0, 1, 4, 2, 5, 3).reshape(batch * lines * height, count * width, channels).numpy()
+    scale = max(1, 64 // height)
+    return sheet.repeat(scale, 0).repeat(scale, 1)
