@@ -51,7 +51,7 @@ class TeacherSettings(Section):
     depth: Positive = 4
     """Blocks of the feature decoder."""
     width: Positive | None = None
-    """Width of the teacher's features; asked of the teacher without it, which then must load wherever the model does."""
+    """Width of the teacher's features; without it the teacher is loaded and asked."""
 
 
 class ModelSettings(Section):
@@ -80,6 +80,9 @@ class ModelSettings(Section):
     positions: Literal["sincos", "learned", "joint", "flat"] = "sincos"
     """Position embeddings: separable fixed sine-cosine or learned; over all tokens learned (`joint`) or VideoMAE's
     fixed sinusoid (`flat`); imports bring their own."""
+    position_period: Annotated[float, Field(gt=1)] = 10000.0
+    """Longest period of the sine-cosine positions over 2 pi, tokens; on grids of a few tokens, where 10000 leaves most
+    dimensions nearly constant, the order of the grid's length learns several times faster."""
     qkv_bias: bool = True
     """Biases on query, key and value projections."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6

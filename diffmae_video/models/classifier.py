@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.encoder import Encoder, drop_path_rates
 from diffmae_video.models.layers import seeded
 
 POOLS = ("mean", "class", "attentive")
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
             self.head: nn.Module = nn.Identity()
             self.reset_classifier(num_classes)
         if drop_path is not None:
-            for block, rate in zip(encoder.blocks, torch.linspace(0, drop_path, encoder.depth).tolist(), strict=True):
+            for block, rate in zip(encoder.blocks, drop_path_rates(drop_path, encoder.depth), strict=True):
                 block.drop_path = DropPath(rate) if rate else nn.Identity()
 
     def forward_features(self, clips: Tensor) -> Tensor:
@@ -120,7 +120,10 @@ class Classifier(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer of each parameter, for layer-wise decay."""
-        return self.encoder.group_matcher(coarse, prefix="encoder.")
+        groups = self.encoder.group_matcher(coarse, prefix="encoder.")
+        if self.pool == "mean":  # the norm stands behind the pooling: it belongs to the head, as timm's fc_norm does
+            groups["blocks"] = groups["blocks"][:1]
+        return groups
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if marked else None
         self.latent_embed = nn.Linear(encoder_width, width) if model.decoder == "joint" else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
-        self.positions = Positions(model.positions, shape, width)
+        self.positions = Positions(model.positions, shape, width, model.position_period)
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
         self.blocks = nn.ModuleList(
             DecoderBlock(model, encoder_width, timestep == "adaln") for _ in range(model.decoder_depth)

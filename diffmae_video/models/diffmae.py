@@ -87,6 +87,8 @@ class DiffMAE(nn.Module):
         model: sizes, decoder, objective and target.
         diffusion: noise schedule.
         seed: of the initial weights.
+        teacher: frozen network with `.width`, images in [0, 1] (B, C, H, W) -> tokens (B, h * w, width); built from
+            `model.teacher` when None. Not used without `model.teacher`.
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class DiffMAE(nn.Module):
             from diffmae_video.models.targets import FeatureDecoder
 
             self.feature_decoder = FeatureDecoder(model, self.encoder, teacher, seed + 2)
+            model = model.model_copy(update={"teacher": model.teacher.model_copy(update={"width": self._width()})})
+            self.settings = model  # a saved model knows the teacher's width, and loads without the teacher
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -257,6 +261,9 @@ class DiffMAE(nn.Module):
                 "This model predicts patches normalised by their own mean and deviation, which a hidden patch does not "
                 "tell: use a model with target = 'pixel', or allow borrowing the statistics, which leaks ground truth."
             )
+        if self.settings.objective == "ddpm":  # nothing is visible to it: the visible pixels guide it as known ones
+            seen = ~mask.pixels(self.tubelet, self.patch)[:, None, : clips.shape[2]]  # (B, 1, T, H, W)
+            known = seen if known is None else seen | known
         mask = self._mask(mask)
         shape = grid_shape(*clips.shape[2:], self.tubelet, self.patch)
         patches = patchify(clips, self.tubelet, self.patch).repeat_interleave(
@@ -297,6 +304,9 @@ class DiffMAE(nn.Module):
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
+    def _width(self) -> int:
+        return self.feature_decoder.decoder.head.out_features
+
     def _mask(self, mask: Mask) -> Mask:
         if self.settings.objective != "ddpm":
             return mask
@@ -306,7 +316,9 @@ class DiffMAE(nn.Module):
     def _encode_patches(self, patches: Tensor | None, mask: Mask, noisy: Tensor | None) -> Encoding:
         clean = self.settings.objective != "ddpm"
         seen = gather_tokens(patches, mask.visible) if clean else noisy  #     (B, V, P)
-        links = () if self.decoder.latent_embed is not None else self.decoder.links
+        links = list(() if self.decoder.latent_embed is not None else self.decoder.links)
+        if self.feature_decoder is not None and links:
+            links += self.feature_decoder.decoder.links
         keep = [link for link in links if link != self.encoder.depth - 1]
         latents, features = self.encoder.forward_patches(seen, mask.shape, mask.visible, mask.visible_valid, keep)
         features[self.encoder.depth - 1] = latents  # the last block is read after the encoder's norm

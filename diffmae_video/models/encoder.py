@@ -20,6 +20,11 @@ from diffmae_video.models.patches import gather_tokens, grid_shape, patchify
 from diffmae_video.models.presets import resolve
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, rising linearly from 0; plain numbers, so that models build on `meta` too."""
+    return [last * block / max(1, depth - 1) for block in range(depth)]
+
+
 class PatchEmbed(nn.Module):
     """Patch vectors to tokens with one matrix product; the weight keeps the shape of the Conv3d it equals."""
 
@@ -52,10 +57,8 @@ class Encoder(nn.Module):
         with seeded(seed):
             self.patch_embed = PatchEmbed(width, model.tubelet, model.patch)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.class_token else None
-            self.positions = Positions(model.positions, self.shape, width)
-            rates = [
-                model.drop_path * block / max(1, depth - 1) for block in range(depth)
-            ]  # no tensor: builds on meta too
+            self.positions = Positions(model.positions, self.shape, width, model.position_period)
+            rates = drop_path_rates(model.drop_path, depth)
             self.blocks = nn.ModuleList(
                 Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
             )

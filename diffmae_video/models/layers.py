@@ -103,17 +103,17 @@ class Block(nn.Module):
 # --- positions ------------------------------------------------------------------------------------------------------
 
 
-def sincos_1d(width: int, positions: Tensor) -> Tensor:
-    """[sin, cos] of positions (n,) at width / 2 frequencies 10000^(-k / (width / 2)): (n, width), float32."""
-    omega = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+def sincos_1d(width: int, positions: Tensor, period: float = 10000.0) -> Tensor:
+    """[sin, cos] of positions (n,) at width / 2 frequencies period^(-k / (width / 2)): (n, width), float32."""
+    omega = period ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
 
-def sincos_2d(width: int, height: int, columns: int) -> Tensor:
+def sincos_2d(width: int, height: int, columns: int, period: float = 10000.0) -> Tensor:
     """MAE's table: the first half encodes the column, the second the row: (height * columns, width)."""
-    rows, cols = torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij")
-    return torch.cat([sincos_1d(width // 2, cols.flatten()), sincos_1d(width // 2, rows.flatten())], 1)
+    rows, cols = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij"))
+    return torch.cat([sincos_1d(width // 2, cols, period), sincos_1d(width // 2, rows, period)], 1)
 
 
 def sinusoid_flat(width: int, count: int) -> Tensor:
@@ -145,15 +145,16 @@ class Positions(nn.Module):
     Args:
         kind: `sincos` and `learned` add a spatial (1, S, D) and a temporal (1, T/t, D) table; `joint` learns and
             `flat` computes (VideoMAE) one table over all tokens (1, N, D).
+        period: of `sincos`, see `ModelSettings.position_period`.
     """
 
-    def __init__(self, kind: str, shape: GridShape, width: int) -> None:
+    def __init__(self, kind: str, shape: GridShape, width: int, period: float = 10000.0) -> None:
         super().__init__()
         times, height, columns = self.shape = shape
         self.kind = kind
         if kind == "sincos":
-            self.register_buffer("spatial", sincos_2d(width, height, columns)[None], persistent=False)
-            self.register_buffer("temporal", sincos_1d(width, torch.arange(times))[None], persistent=False)
+            self.register_buffer("spatial", sincos_2d(width, height, columns, period)[None], persistent=False)
+            self.register_buffer("temporal", sincos_1d(width, torch.arange(times), period)[None], persistent=False)
         elif kind == "learned":
             self.spatial = nn.Parameter(torch.randn(1, height * columns, width) * 0.02)
             self.temporal = nn.Parameter(torch.randn(1, times, width) * 0.02)
