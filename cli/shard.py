@@ -39,6 +39,9 @@ def shard(
     crf: Annotated[int, typer.Option("--crf", min=0, max=51, envvar="DIFFMAE_CRF", help="H.264 quality.")] = 23,
     preset: Annotated[str, typer.Option("--preset", envvar="DIFFMAE_PRESET", help="x264 preset.")] = "veryfast",
     gop: Annotated[int, typer.Option("--gop", min=1, envvar="DIFFMAE_GOP", help="Frames between key frames.")] = 16,
+    b_frames: Annotated[
+        int, typer.Option("--b-frames", min=0, max=15, envvar="DIFFMAE_B_FRAMES", help="Droppable frames in a row.")
+    ] = 3,
     fold: Annotated[
         int, typer.Option("--fold", min=1, max=3, envvar="DIFFMAE_FOLD", help="Official split of UCF101, HMDB51.")
     ] = 1,
@@ -76,6 +79,7 @@ def shard(
         crf=crf,
         preset=preset,
         gop=gop,
+        b_frames=b_frames,
         min_frames=min_frames,
     )
     shard_and_record(

@@ -78,6 +78,7 @@ class Video:
         self._table: list[_Packet] | None = None
         self._counted: int | None = None
         self._rotation: int | None = None
+        self._dirty = False
         self.errors = 0
         """Packets that failed in the last pass of `decode_all`."""
         self._open()
@@ -155,7 +156,7 @@ class Video:
                 self._counted = len(entries)
             else:
                 table = self._packets()
-                order = None if self.format == "avi" else _presentation(table)  # AVI may hold packets without a frame
+                order = self._shown(table)
                 self._counted = len(order) if order is not None else sum(1 for _ in self.decode_all())
         return self._counted
 
@@ -184,7 +185,6 @@ class Video:
                 if count > self.limits.frames:
                     raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
                 yield frame
-        self._dirty = True
 
     def clips(
         self,
@@ -218,14 +218,14 @@ class Video:
             last = (number, frame) if last is None or number > last[0] else last
             for clip, slot in wanted.get(number, ()):
                 outputs[clip] = painters[clip].paint(frame, outputs[clip], len(indices[clip]), slot)
-                times[clip][slot] = frame.time if frame.pts is not None else _by_rate(number, self.stream)
+                times[clip][slot] = _time(frame, number, self.stream)
             missing.discard(number)
         if last is None:
             raise DataError(f"{self.name} has no frame that can be decoded; replace or remove it.")
         for number in missing:  # declared, yet not there: the last frame stands in
             for clip, slot in wanted[number]:
                 outputs[clip] = painters[clip].paint(last[1], outputs[clip], len(indices[clip]), slot)
-                times[clip][slot] = last[1].time if last[1].pts is not None else _by_rate(last[0], self.stream)
+                times[clip][slot] = _time(last[1], last[0], self.stream)
         return [Clip(torch.from_numpy(out), torch.from_numpy(pts)) for out, pts in zip(outputs, times, strict=True)]
 
     # -- strategies ------------------------------------------------------------------------------------------------
@@ -310,10 +310,13 @@ class Video:
                     raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
         return self._table
 
+    def _shown(self, table: list[_Packet]) -> list[int] | None:
+        return None if self.format == "avi" else _presentation(table)  # AVI has no times, and packets without a frame
+
     def _by_table(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """From a table of packets, decode only what the wanted frames refer to."""
         table = self._packets()
-        order = _presentation(table)
+        order = self._shown(table)
         if order is None or numbers[-1] >= len(order):
             raise _Unusable
         places = {order[number]: number for number in numbers}  # place in decode order -> frame number
@@ -327,7 +330,8 @@ class Video:
                 ranges[-1][1] = max(ranges[-1][1], place)
             else:
                 ranges.append([start, place])
-        self._rewind()
+        codec = self.codec
+        codec.flush_buffers()
         for start, stop in ranges:
             frames: list[av.VideoFrame] = []
             for place in range(start, stop + 1):
@@ -335,8 +339,8 @@ class Video:
                 if place not in places and length and _is_unreferenced(packet, length):
                     continue
                 frames += packet.decode()
-            frames += self.codec.decode(None)
-            self.codec.flush_buffers()
+            frames += codec.decode(None)
+            codec.flush_buffers()
             for frame in frames:
                 number = by_pts.pop(frame.pts, None)
                 if number is not None:
@@ -354,11 +358,11 @@ class Video:
 
     def _rewind(self) -> None:
         """Start over; reopening is exact for every container, seeking to zero is not."""
-        if getattr(self, "_dirty", False):
-            self._table = None
+        if self._dirty:
+            self._table = None  # its packets belong to the decoder that goes
             self.container.close()
             self._open()
-        self._dirty = True if self._table is None else self._dirty
+        self._dirty = True
 
 
 class _Unusable(Exception):
@@ -430,7 +434,10 @@ def _turned(data: bytes) -> bool:
 _UPRIGHT = bytes.fromhex("00010000" + "00000000" * 3 + "00010000")
 
 
-def _by_rate(number: int, stream: av.VideoStream) -> float:
+def _time(frame: av.VideoFrame, number: int, stream: av.VideoStream) -> float:
+    """When a frame is shown, seconds; by the frame rate where the file has no times."""
+    if frame.pts is not None and stream.container.format.name != "avi":  # AVI stores no times, only an order
+        return float(frame.pts * stream.time_base)
     rate = stream.average_rate or stream.guessed_rate
     return float(number / rate) if rate else float("nan")
 
@@ -463,7 +470,7 @@ class _Painter:
         if (rows, columns) == (
             height,
             width,
-        ) and frame.width % 8:  # swscale leaves the tail of such gbrp rows unwritten
+        ) and frame.width % 32:  # swscale leaves the tail of such gbrp rows unwritten
             rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
             out[slot] = rgb[top : top + rows, left : left + columns].transpose(2, 0, 1)
             return out
@@ -549,7 +556,7 @@ class VideoReader:
         for number, frame in enumerate(self.video.decode_all()):
             first = first or (frame.width, frame.height)  # a stream may change size midway: keep the first
             rgb = reformatter.reformat(frame, *first, format="rgb24", threads=1).to_ndarray()
-            pts = frame.time if frame.pts is not None else _by_rate(number, self.video.stream)
+            pts = _time(frame, number, self.video.stream)
             yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb, float(pts)
 
     def close(self) -> None:

@@ -63,7 +63,9 @@ def retry(action: Callable[[], _T], what: str, attempts: int = RETRIES, wait: fl
             raise
         except Exception as error:  # storage libraries raise their own kinds
             if attempt == attempts - 1:
-                raise DataError(f"{what} failed {attempts} times ({error}); check the connection and run again.") from error
+                raise DataError(
+                    f"{what} failed {attempts} times ({error}); check the connection and run again."
+                ) from error
             time.sleep(wait * 2**attempt)
     raise AssertionError("unreachable")
 

@@ -35,7 +35,8 @@ class TranscodeOptions:
     crf: int = 23
     preset: str = "veryfast"
     gop: int = 16
-    b_frames: int = 0
+    b_frames: int = 3
+    """Between two reference frames; nothing refers to them, so a reader drops those that no clip wants."""
     tune: str = "fastdecode"
     quality: int = 92
     """JPEG quality of images that are scaled."""
@@ -126,7 +127,7 @@ def _add_stream(out: Any, size: tuple[int, int], rate: Fraction, options: Transc
     settings |= {"keyint_min": str(options.gop), "sc_threshold": "0"}
     if options.tune:
         settings["tune"] = options.tune
-    if options.b_frames:  # B frames that nothing refers to: the reader drops those it does not want
+    if options.b_frames:
         settings["x264-params"] = "b-adapt=0:b-pyramid=none"
     stream = out.add_stream("libx264", rate=rate, options=settings)
     stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
