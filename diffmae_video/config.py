@@ -81,8 +81,8 @@ class ModelSettings(Section):
     """Position embeddings: separable fixed sine-cosine or learned; over all tokens learned (`joint`) or VideoMAE's
     fixed sinusoid (`flat`); imports bring their own."""
     position_period: Annotated[float, Field(gt=1)] = 10000.0
-    """Longest period of the sine-cosine positions over 2 pi, tokens; on grids of a few tokens, where 10000 leaves most
-    dimensions nearly constant, the order of the grid's length learns several times faster."""
+    """Longest period of the sine-cosine positions over 2 pi, tokens. On a grid of a few tokens 10000 leaves most
+    dimensions nearly constant; there, take about twice the grid's length."""
     qkv_bias: bool = True
     """Biases on query, key and value projections."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
