@@ -113,14 +113,14 @@ def test_a_model_with_other_frames_and_size(here: Path) -> None:
 
 
 def test_training_improves_the_loss_and_repeats(here: Path) -> None:
-    overrides = ["train.steps=30", "train.base_lr=0.2", "train.checkpoint_every=100"]
+    overrides = ["train.steps=80", "train.checkpoint_every=100"]
     losses = []
     for _ in range(2):
         result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=overrides)
         lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if line.get("loss") is not None])
     assert losses[0] == losses[1]
-    assert sum(losses[0][-5:]) < 0.9 * sum(losses[0][:5])
+    assert sum(losses[0][-10:]) < 0.9 * sum(losses[0][:10])
 
 
 def test_label_fraction_and_frozen_blocks(here: Path) -> None:
