@@ -431,6 +431,7 @@ class Trainer:
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """The model with its moving average, in evaluation mode."""
+        parallel.reshard(self.model)
         if self.average is not None:
             self.average.swap()
         self.model.eval()
@@ -439,6 +440,7 @@ class Trainer:
                 yield
         finally:
             self.model.train()
+            parallel.reshard(self.model)
             if self.average is not None:
                 self.average.swap()
 
@@ -483,6 +485,7 @@ class Trainer:
             "bad": bad,
             "window": self.meter.state(self.distributed),
         }
+        parallel.reshard(self.model)
         tensors = state.run_tensors(self.model, self.optimizer, self.average)
         generators = state.random_tensors(self.distributed.rank, self.device)
         with self.meter.aside():

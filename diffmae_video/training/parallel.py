@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -31,15 +33,26 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
                     if any(True for _ in block.parameters()):
                         fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        # about in-place operations on what the model returns; the loop makes none
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for name in ("encode", "denoise", "sample", "forward_features"):  # they read parameters outside forward
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
     elif distributed.world > 1:
         places = [distributed.device] if distributed.device.type == "cuda" else None
+        options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        constant = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         wrapped = nn.parallel.DistributedDataParallel(
-            model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids=places, gradient_as_bucket_view=True, **{constant: False}
         )
     return torch.compile(wrapped) if train.compile else wrapped  # type: ignore[return-value]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free FSDP2's gathered parameters, so that the model's names mean the shards again; nothing without FSDP2."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 @contextlib.contextmanager
