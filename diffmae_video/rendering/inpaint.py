@@ -22,7 +22,7 @@ from diffmae_video.errors import UsageError
 from diffmae_video.masking import Mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
-from diffmae_video.rendering.masks import FrameMask, Canvas, build_mask, masks_of_tensor
+from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask, masks_of_tensor
 from diffmae_video.rendering.windows import Window, enlarge, paste, place_windows, shrink, to_cells
 
 
@@ -94,7 +94,7 @@ class Inpainter:
         self.grid = (self.length // self.tubelet, *(n // model.settings.patch for n in self.size))
         self.device = next(model.parameters()).device
         self.windows = 0  # windows filled so far
-        self.sampled = 0  # of these, computed now and not taken from the store
+        self.restored = 0  # batches of clips taken from the store instead of sampled
 
     @property
     def span(self) -> int:
@@ -148,10 +148,8 @@ class Inpainter:
         span, cell = self.length * stride, self.tubelet * stride
         last = max(i for i in range(at, min(at + span, total)) if buffer[i].open.any())
         run = last - at + 1
-        if run <= span - 2 * cell:  # a gap with something on both sides: put it in the middle
-            back = (span - run) // 2
-        else:
-            back = round(self.settings.overlap * span)
+        gap = run <= span - 2 * cell  # something visible may stand on both sides: put it in the middle
+        back = (span - run) // 2 if gap else round(self.settings.overlap * span)
         start = max(at - back, 0)
         if ended:
             start = max(0, min(start, total - span))
@@ -160,7 +158,7 @@ class Inpainter:
         if not buffer[start:at] and all(frame.open.all() for frame in buffer[at : start + span]):
             first, end = buffer[at].number, buffer[min(start + span, total) - 1].number
             raise UsageError(
-                f"Frames {first} to {end} are hidden whole and nothing before them is visible; leave some of it visible."
+                f"Frames {first} to {end} are hidden whole and nothing before them is visible; leave some visible."
             )
         places = [min(i, total - 1) for i in range(start, start + span)]  # the last frame stands in beyond the end
         self._fill_frames([buffer[i] for i in places], stride)
@@ -176,7 +174,9 @@ class Inpainter:
             clips = [frames[phase::stride] for phase in range(stride)]
             clips = [clip for clip in clips if any(window.of(frame.open).any() for frame in clip)]
             for begin in range(0, len(clips), self.settings.batch):
-                self._fill_clips(clips[begin : begin + self.settings.batch], window, f"{frames[0].number}-{part}-{begin}")
+                self._fill_clips(
+                    clips[begin : begin + self.settings.batch], window, f"{frames[0].number}-{part}-{begin}"
+                )
             for frame in frames:
                 window.of(frame.open)[:] = False
         self.windows += 1
@@ -188,10 +188,11 @@ class Inpainter:
             name = f"{key}-{lane}"
             outputs = self.store.load(name) if self.store else None
             if outputs is None:
-                outputs = self._sample(clips, window, cells, lane, key)
-                self.sampled += 1
+                outputs = self._sample(clips, window, cells, lane)
                 if self.store:
                     self.store.save(name, outputs)
+            else:
+                self.restored += 1
             for clip, output in zip(clips, outputs, strict=True):  # (2, T, h, w, 3): result, first step
                 done: set[int] = set()
                 for frame, result, first in zip(clip, output[0], output[1], strict=True):
@@ -210,11 +211,12 @@ class Inpainter:
         per_frame = np.stack([to_cells(window.of(frame.open), self.grid[1:]) for frame in clip])  # (T, H/p, W/p)
         return per_frame.reshape(self.grid[0], -1, *self.grid[1:]).any(1)
 
-    def _sample(self, clips: list[list[Frame]], window: Window, cells: np.ndarray, lane: int, key: str) -> np.ndarray:
+    def _sample(self, clips: list[list[Frame]], window: Window, cells: np.ndarray, lane: int) -> np.ndarray:
         """Result and first prediction of a batch of clips: uint8 (B, 2, T, h, w, 3)."""
         settings = self.settings
         pixels = [
-            [shrink(window.of(frame.result(lane)), window.of(frame.open), self.size) for frame in clip] for clip in clips
+            [shrink(window.of(frame.result(lane)), window.of(frame.open), self.size) for frame in clip]
+            for clip in clips
         ]
         inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)

@@ -6,6 +6,7 @@ name and moves it into place when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -229,10 +230,8 @@ class VideoWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        try:
+        with contextlib.suppress(FFmpegError, OSError, ValueError):
             self.container.close()
-        except (FFmpegError, OSError, ValueError):
-            pass
         if self.sound is not None:
             self.sound.close()
         self.temporary.unlink(missing_ok=True)
@@ -339,7 +338,7 @@ class GifWriter:
     def __init__(self, path: Path, time_base: Fraction, fps: Fraction) -> None:
         self.path, self.temporary = Path(path), _temporary(Path(path))
         self.time_base, self.fps = time_base, fps
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 - open as long as the writer
         self.waiting: tuple[np.ndarray, int] | None = None
         self.frames = 0
 

@@ -27,9 +27,7 @@ class Window:
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def place_windows(
-    hidden: np.ndarray, size: tuple[int, int], margin: float = 0.5, mode: str = "auto"
-) -> list[Window]:
+def place_windows(hidden: np.ndarray, size: tuple[int, int], margin: float = 0.5, mode: str = "auto") -> list[Window]:
     """Choose windows that together cover every hidden pixel.
 
     Args:
@@ -88,7 +86,9 @@ def _around(
     return Window(top, left, high, wide)
 
 
-def _merge_overlapping(boxes: list[tuple[int, int, int, int]], windows: list[Window]) -> list[tuple[int, int, int, int]]:
+def _merge_overlapping(
+    boxes: list[tuple[int, int, int, int]], windows: list[Window]
+) -> list[tuple[int, int, int, int]]:
     """Unite the first hole whose window meets another's, so that no hole is context of another."""
     for i, one in enumerate(windows):
         for j in range(i + 1, len(windows)):

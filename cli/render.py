@@ -1,0 +1,121 @@
+"""`diffmae render-inpaint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmae_video.cli.options import (
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    DryRunOption,
+    OutOption,
+    RecipeOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+)
+
+
+def render_inpaint(
+    clip: Annotated[Path, typer.Argument(metavar="CLIP", help="Video, image, or folder of images.")],
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mask",
+            metavar="MASK",
+            envvar="DIFFMAE_MASK",
+            help="random:0.75, tube:0.75, block:0.5, center, frames:8-15, future:0.5, box:x,y,w,h[@start-end] in "
+            "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (white is hidden). "
+            "May be given several times.",
+        ),
+    ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track",
+            metavar="FRAME:x,y,w,h;...",
+            envvar="DIFFMAE_TRACK",
+            help="A box that moves between key frames.",
+        ),
+    ] = None,
+    dilate: Annotated[
+        int, typer.Option("--dilate", min=0, max=512, envvar="DIFFMAE_DILATE", help="Grow masks by pixels.")
+    ] = 0,
+    invert: Annotated[bool, typer.Option("--invert", envvar="DIFFMAE_INVERT", help="Hide what masks show.")] = False,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", envvar="DIFFMAE_LOSSLESS", help="FFV1 output, bit-equal outside the mask."),
+    ] = False,
+    codec: Annotated[
+        str | None, typer.Option("--codec", metavar="h264|ffv1|gif|png", envvar="DIFFMAE_CODEC", help="Output format.")
+    ] = None,
+    crf: Annotated[
+        int | None, typer.Option("--crf", min=0, max=51, envvar="DIFFMAE_CRF", help="H.264 quality; lower is better.")
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option("--sampler", metavar="ddpm|ddim|dpm++", envvar="DIFFMAE_SAMPLER", help="How to denoise."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, envvar="DIFFMAE_STEPS", help="Denoising steps.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, envvar="DIFFMAE_SAMPLES", help="Samples; several give an uncertainty map."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", min=1, envvar="DIFFMAE_STRIDE", help="Source frames between frames of a window."),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--window", metavar="auto|whole|tiles", envvar="DIFFMAE_WINDOW", help="Where in the frame the model looks."
+        ),
+    ] = None,
+    fps: Annotated[
+        float, typer.Option("--fps", min=0.1, max=240, envvar="DIFFMAE_FPS", help="Rate of a folder of images.")
+    ] = 24.0,
+    checkpoint: CheckpointOption = None,
+    recipe: RecipeOption = "auto",
+    override: SetOption = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = Device.auto,
+    resume: ResumeOption = "auto",
+    dry_run: DryRunOption = False,
+) -> None:
+    """Hide a part of a clip and let a pre-trained model fill it in.
+
+    Example: diffmae render-inpaint clip.mp4 --mask box:40%,30%,20%,40%
+    """
+    from diffmae_video.pipelines.render_inpaint import render_inpaint as run
+
+    options = {"codec": codec, "crf": crf, "sampler": sampler, "steps": steps, "samples": samples}
+    run(
+        clip,
+        masks=mask or [],
+        track=track,
+        dilate=dilate,
+        invert=invert,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        overrides=override or [],
+        render={**options, "stride": stride, "window": window},
+        lossless=lossless,
+        fps=fps,
+        out=out,
+        seed=seed,
+        device=device.value,
+        resume=resume,
+        dry_run=dry_run,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command("render-inpaint")(render_inpaint)
