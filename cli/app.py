@@ -7,12 +7,13 @@ import os
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from diffmae_video._version import __version__
 from diffmae_video.errors import DiffmaeError
 
+# Typer carries its own copy of click since 0.26 and used click's before: take the class from where it is
+ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _AREAS = ("demo", "shard", "train", "recognition", "render", "weights", "system")
 
 app = typer.Typer(
@@ -58,11 +59,9 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code = command.main(arguments, prog_name="diffmae", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("Interrupted.", 130)
-    except KeyboardInterrupt:
-        return _fail("Interrupted.", 130)
-    except click.ClickException as error:
+    except ClickException as error:
         if _debugging():
             raise
         error.show()
