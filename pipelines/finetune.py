@@ -7,20 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmae_video.config import Settings, load_settings, read_recipe, recipe_names, with_overrides
-from diffmae_video.errors import DataError, UsageError
+from diffmae_video.config import Settings
+from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS, Loaded
-from diffmae_video.pipelines.probe import check_probe, probe
-from diffmae_video.pipelines.recipes import choose_recipe, pick_device
-from diffmae_video.pipelines.tasks import find_task_data
+from diffmae_video.pipelines.classifiers import Loaded
+from diffmae_video.pipelines.finetune_plan import FinetunePlan, describe_plan, plan_finetune
+from diffmae_video.pipelines.probe import probe
 from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from diffmae_video.data.shards import Manifest
     from diffmae_video.data.stream import ClipStream
     from diffmae_video.models.classifier import Classifier
     from diffmae_video.training.distributed import Distributed
@@ -35,17 +33,6 @@ class FinetuneResult:
     init: str  # `scratch`, or where the weights came from
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that was decided before the first step."""
-
-    task: str
-    source: str | None  # None = scratch
-    recipe: str
-    settings: Settings
-    manifest: Manifest
 
 
 def finetune(
@@ -80,8 +67,8 @@ def finetune(
     Raises:
         UsageError, DataError: see the messages.
     """
-    plan = _plan(task, init, protocol, data, recipe, overrides, seed, device)
-    _describe(plan, device)
+    plan = plan_finetune(task, init, protocol, data, recipe, overrides, seed, device)
+    describe_plan(plan, device)
     if dry_run:
         return None
     arguments = {"plan": plan, "device": device, "out": out, "resume": resume}
@@ -94,137 +81,6 @@ def finetune(
     shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     console.say(f"Done: {result.directory} ({shown}).")
     return result
-
-
-def _plan(
-    task: str,
-    init: str,
-    protocol: str | None,
-    data: str | Path | None,
-    recipe: str,
-    overrides: Sequence[str],
-    seed: int | None,
-    device: str,
-) -> _Plan:
-    from diffmae_video.pipelines.evaluate import override_of
-
-    configured = override_of(overrides, "data.path")
-    if data is None and configured is None and recipe != "auto":
-        configured = load_settings(recipe, "finetune").data.path
-    manifest, line = find_task_data(task, data, configured)
-    console.say(line)
-    source, line = _find_init(init)
-    console.say(line)
-    description = _read_description(source) if source else None
-    name, why = _choose_recipe(recipe, task, description, manifest, device)
-    console.say(f"Recipe: {name} ({why}).")
-    settings = load_settings(name, "finetune", tuple(overrides))
-    tested = load_settings(name, "evaluate", tuple(overrides)).evaluate
-    changes: dict[str, Any] = {"data": {"path": manifest.root, "sources": []}, "evaluate": tested.model_dump()}
-    if protocol:
-        changes["finetune"] = {"protocol": protocol}
-    if seed is not None:
-        changes["seed"] = seed
-    if description:
-        changes["model"] = _model_of_weights(description["model"], settings, name, overrides, source)
-    settings = with_overrides(settings, **changes)
-    check_probe(settings.finetune.protocol, settings.finetune.pool, settings.model.class_token)
-    for split in (settings.data.split, settings.data.eval_split):
-        if (manifest.samples(split).label < 0).all():
-            raise DataError(f"Split {split} of {manifest.root} has no labels; choose another with data.{split}.")
-    if (manifest.samples(settings.data.split).label < 0).any() and settings.finetune.protocol == "finetune":
-        count = int((manifest.samples(settings.data.split).label < 0).sum())
-        raise DataError(f"{count} samples of {settings.data.split} in {manifest.root} have no label; shard them apart.")
-    return _Plan(task, source, name, settings, manifest)
-
-
-def _find_init(init: str) -> tuple[str | None, str]:
-    if init == "scratch":
-        return None, "Weights: from scratch (--init scratch)."
-    if init != "auto":
-        if not Path(init).exists():
-            raise UsageError(f"--init {init}: there is no such run; give a folder, `scratch` or `auto`.")
-        return init, f"Weights: {init} (--init)."
-    entry = Workspace.here().latest("pretrain")
-    if entry is None:
-        raise UsageError(
-            f"No pre-training is known in {Workspace.here().folder}: run `diffmae pretrain --video` first, or give "
-            "--init PATH or --init scratch."
-        )
-    return entry.path, f"Weights: {entry.path} (the newest pre-training)."
-
-
-def _read_description(source: str) -> dict[str, Any]:
-    """model.json of a run; the weights themselves are read later, by the process that trains."""
-    import json
-
-    path = Path(source) if Path(source).is_dir() else Path(source).parent
-    try:
-        return dict(json.loads((path / "model.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UsageError(
-            f"--init {source} holds no model.json: give a run or export of ours, or turn another project's file into "
-            "one with `diffmae import`."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / 'model.json'} cannot be read ({error}); copy or make it again.") from error
-
-
-def _choose_recipe(
-    recipe: str, task: str, description: dict[str, Any] | None, manifest: Manifest, device: str
-) -> tuple[str, str]:
-    if recipe != "auto":
-        return recipe, "chosen by --recipe"
-    place = pick_device(device)
-    if description and place == "cuda":
-        own = f"finetune-{task}-{description['model'].get('preset')}"
-        if own in recipe_names():
-            return own, "the peers' settings for this task and model size"
-    of_run = (description or {}).get("info", {}).get("recipe")
-    if of_run in recipe_names() and read_recipe(of_run).summary:
-        return of_run, "the recipe of the pre-training run"
-    return choose_recipe("finetune", manifest, place, manifest.kind)
-
-
-def _model_of_weights(
-    model: dict[str, Any], settings: Settings, recipe: str, overrides: Sequence[str], source: str | None
-) -> dict[str, Any]:
-    """The checkpoint's model, with what [stage.finetune.model] of the recipe and --set change of it.
-
-    A recipe's plain [model] describes pre-training; the weights have decided that already.
-    """
-    wanted: dict[str, Any] = {}
-    name: str | None = recipe
-    while name:
-        part = read_recipe(name)
-        wanted = part.stages.get("finetune", {}).get("model", {}) | wanted
-        name = part.extends
-    keys = set(wanted)
-    for text in overrides:
-        section, _, key = text.partition("=")[0].strip().partition(".")
-        if section == "model":
-            keys.add(key.partition(".")[0])
-    merged = dict(model)
-    for key in keys:
-        value = settings.model.model_dump(mode="json")[key]
-        if key in FIXED_BY_WEIGHTS and model.get(key, value) != value:
-            raise UsageError(f"model.{key} = {value}: the weights of {source} have {model.get(key)}; leave it out.")
-        merged[key] = value
-    return merged
-
-
-def _describe(plan: _Plan, device: str) -> None:
-    """Say what will be done."""
-    settings = plan.settings
-    counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
-    if settings.data.label_fraction < 1:
-        counts += f", {settings.data.label_fraction:.0%} of their labels"
-    size = "x".join(map(str, settings.model.size))
-    console.say(
-        f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
-        f"{settings.train.steps or f'{settings.train.epochs:g} epochs'}"
-        f"{' steps' if settings.train.steps else ''} of {settings.train.batch_size} clips on {pick_device(device)}."
-    )
 
 
 def build_classifier(
@@ -267,7 +123,7 @@ def build_classifier(
     return built, dict(model.info), line
 
 
-def _run(plan: _Plan, device: str, out: Path | None, resume: str) -> FinetuneResult:
+def _run(plan: FinetunePlan, device: str, out: Path | None, resume: str) -> FinetuneResult:
     """The part of one process."""
     from diffmae_video.training.distributed import start
 
@@ -299,12 +155,13 @@ def _run(plan: _Plan, device: str, out: Path | None, resume: str) -> FinetuneRes
 
 
 def _train(
-    plan: _Plan, processes: Distributed, out: Path | None, resume: str, info: dict[str, Any]
+    plan: FinetunePlan, processes: Distributed, out: Path | None, resume: str, info: dict[str, Any]
 ) -> tuple[Path, int, dict[str, float]]:
     """Fine-tune through the training loop: (directory, step, metrics)."""
     from diffmae_video.data.stream import build_stream
     from diffmae_video.evaluation.finetuning import FinetuneTask
     from diffmae_video.models.patches import normalize_pixels
+    from diffmae_video.pipelines.run_report import write_run_report
     from diffmae_video.training.loop import micro_batch_size, train
 
     settings, manifest = plan.settings, plan.manifest
@@ -351,6 +208,7 @@ def _train(
         resume=resume,
         distributed=processes,
         progress=console.progress,
+        report=write_run_report,
         say=console.say,
     )
     kept = ("loss", "train_top1", "val_loss", "val_top1", "val_top5")
@@ -414,7 +272,7 @@ def _digest(source: str | None) -> str:
     return sha256_of((Path(source) if Path(source).is_dir() else Path(source).parent) / WEIGHTS)
 
 
-def _frozen(plan: _Plan, device: torch.device) -> Loaded:
+def _frozen(plan: FinetunePlan, device: torch.device) -> Loaded:
     """The model a probe looks at."""
     from diffmae_video.models.classifier import Classifier
     from diffmae_video.models.encoder import Encoder
