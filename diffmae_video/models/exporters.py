@@ -150,6 +150,8 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     rules = TO_HF + (TO_VIDEOMAE if video else TO_VITMAE)
     for name, tensor in mae_names(model).items():
+        if name == "patch_embed.proj.weight" and not video:
+            tensor = tensor.squeeze(2)  # ViTMAE's kernel has no time
         if isinstance(model, Classifier) and name.startswith("norm."):
             name = f"fc_{name}"
         elif name == "decoder_embed.bias" and video:

@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 
-from diffmae_video.cli.app import run
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import make_mask
@@ -204,6 +203,8 @@ def test_torch_export():
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
+    from diffmae_video.cli.app import run
+
     monkeypatch.chdir(tmp_path)
     peer = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
     save_file(peer.state_dict(), "vit.safetensors")

@@ -1,0 +1,233 @@
+"""Speed and memory of pre-training and sampling, beside transformers' VideoMAEForPreTraining, in one run.
+
+    python benchmarks/model.py train --sizes small base --out benchmarks/results/model-train.json
+    python benchmarks/model.py sample --out benchmarks/results/model-sample.json
+
+Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
+each turn is followed by a matrix product of the same type (2048^3), so that "of peak" compares like with like on a busy
+machine. Peak memory comes from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder
+run again, and whole chains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffmae_video.compat  # noqa: F401
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffmae_video.config import ModelSettings
+from diffmae_video.masking import make_mask
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.presets import PRESETS
+
+GRID = (8, 14, 14)
+DECODERS = {"small": (192, 3), "base": (384, 6)}  # VideoMAE's own, 4 blocks
+ARMS = ("transformers VideoMAE", "mae, joint", "diffmae, cross_self", "diffmae, cross, loss_tokens 0.5")
+
+
+def settings(size: str, arm: str) -> ModelSettings:
+    """Ours for an arm: an equal joint decoder for `mae`, the default video decoder for `diffmae`."""
+    width, heads = DECODERS[size]
+    if arm == "mae, joint":
+        changes: dict[str, Any] = {"objective": "mae", "decoder": "joint", "timestep": "none", "target": "norm_pixel"}
+        return ModelSettings(preset=size, decoder_width=width, decoder_heads=heads, decoder_depth=4, **changes)
+    if arm == "diffmae, cross_self":
+        return ModelSettings(preset=size)
+    return ModelSettings(preset=size, decoder="cross", loss_tokens=0.5)
+
+
+def make_step(size: str, arm: str, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that does one forward and backward on fixed random clips."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randn(batch, 3, 16, 224, 224, generator=generator)
+    mask = make_mask("tube", 0.9, GRID, range(batch))  # theirs needs equal counts: both see 160 tokens
+    if arm == ARMS[0]:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+        preset, (width, heads) = PRESETS[size], DECODERS[size]
+        config = VideoMAEConfig(
+            hidden_size=preset.width,
+            num_hidden_layers=preset.depth,
+            num_attention_heads=preset.heads,
+            intermediate_size=4 * preset.width,
+            decoder_hidden_size=width,
+            decoder_num_attention_heads=heads,
+            decoder_num_hidden_layers=4,
+            decoder_intermediate_size=4 * width,
+            use_mean_pooling=False,
+            attn_implementation="sdpa",
+        )
+        peer, theirs = VideoMAEForPreTraining(config).train(), clips.transpose(1, 2).contiguous()
+        parameters = list(peer.parameters())
+
+        def loss() -> torch.Tensor:
+            return peer(theirs, bool_masked_pos=mask.grid).loss
+    else:
+        model = DiffMAE(settings(size, arm)).train()
+        parameters = list(model.parameters())
+
+        def loss() -> torch.Tensor:  # drawing noise is part of our step
+            return model(clips, mask, model.draw(range(batch), mask)).loss
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss()
+        value.backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def probe(dtype: torch.dtype) -> float:
+    """GFLOP/s of a 2048^3 matrix product now."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    torch.mm(a, b)
+    begin = time.perf_counter()
+    for _ in range(4):
+        torch.mm(a, b)
+    return 4 * 2 * 2048**3 / (time.perf_counter() - begin) / 1e9
+
+
+def flops(step: Callable[[], None]) -> float:
+    """Floating-point operations of a step, with attention counted as its two products."""
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        step()
+    return counter.get_total_flops()
+
+
+def train(sizes: list[str], batch: int, rounds: int, memory: bool) -> list[dict[str, Any]]:
+    """Interleaved timings of all arms, in fp32 and bf16."""
+    rows = []
+    for size in sizes:
+        for dtype in (torch.float32, torch.bfloat16):
+            steps = {arm: make_step(size, arm, batch, dtype) for arm in ARMS}
+            work = {arm: flops(step) for arm, step in steps.items()}  # also the warm-up
+            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+            peaks: dict[str, list[float]] = {arm: [] for arm in ARMS}
+            for step in steps.values():
+                step()
+            for _ in range(rounds):
+                for arm, step in steps.items():
+                    begin = time.perf_counter()
+                    step()
+                    seconds[arm].append(time.perf_counter() - begin)
+                    peaks[arm].append(probe(dtype))
+            peer = statistics.median(seconds[ARMS[0]])
+            for arm in ARMS:
+                median = statistics.median(seconds[arm])
+                rows.append(
+                    {
+                        "size": size,
+                        "type": str(dtype).removeprefix("torch."),
+                        "arm": arm,
+                        "clips_per_second": round(batch / median, 3),
+                        "against_transformers": round(peer / median, 3),
+                        "gflop": round(work[arm] / 1e9, 1),
+                        "of_matmul_peak": round(work[arm] / 1e9 / median / statistics.median(peaks[arm]), 3),
+                        "peak_memory_mb": _memory(size, arm, batch, dtype) if memory else None,
+                    }
+                )
+                print(rows[-1], flush=True)
+            del steps
+    return rows
+
+
+def _memory(size: str, arm: str, batch: int, dtype: torch.dtype) -> int:
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, __file__, "memory", "--size", size, "--arm", arm, "--batch", str(batch), "--type", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def sample(size: str, pixels: int, chains: bool) -> list[dict[str, Any]]:
+    """A sampling step with the encoding kept beside one that encodes again; 50 steps beside 1000."""
+    model = DiffMAE(ModelSettings(preset=size, size=(pixels, pixels))).eval()
+    clips = torch.randn(1, 3, 16, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for ratio in (0.9, 0.75, 0.5):
+        mask = make_mask("random", ratio, model.encoder.shape, [0])
+        noisy, when = torch.randn(1, mask.masked.shape[1], model.patch_values), torch.tensor([500])
+        with torch.no_grad():
+            encoding = model.encode(clips, mask)
+            arms = {
+                "kept": lambda n=noisy, w=when, e=encoding: model.denoise(n, w, e),
+                "again": lambda n=noisy, w=when, m=mask: model.denoise(n, w, model.encode(clips, m)),
+            }
+            seconds = {name: _median(arm, 7) for name, arm in arms.items()}
+        row = {"size": size, "pixels": pixels, "mask": ratio}
+        row |= {f"step_ms_encoding_{name}": round(1e3 * value, 1) for name, value in seconds.items()}
+        rows.append(row | {"ratio": round(seconds["again"] / seconds["kept"], 2)})
+        print(rows[-1], flush=True)
+    if chains:
+        mask = make_mask("random", 0.9, model.encoder.shape, [0])
+        for sampler, steps in (("ddim", 50), ("ddpm", 1000)):
+            begin = time.perf_counter()
+            model.sample(clips, mask, seeds=[0], sampler=sampler, steps=steps)
+            taken = round(time.perf_counter() - begin, 2)
+            rows.append({"size": size, "pixels": pixels, "sampler": sampler, "steps": steps, "seconds": taken})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _median(arm: Callable[[], Any], rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        arm()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "sample", "memory"])
+    parser.add_argument("--sizes", nargs="+", default=["small", "base"], choices=list(DECODERS))
+    parser.add_argument("--size", default="small", choices=list(PRESETS))
+    parser.add_argument("--arm", choices=ARMS, help="of `memory`")
+    parser.add_argument("--type", default="float32", choices=["float32", "bfloat16"], help="of `memory`")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pixels", type=int, default=112, help="of `sample`")
+    parser.add_argument("--no-chains", action="store_true", help="of `sample`: skip the 50 and 1000 steps")
+    parser.add_argument("--no-memory", action="store_true", help="of `train`: skip the processes that measure memory")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "memory":
+        step = make_step(arguments.size, arguments.arm, arguments.batch, getattr(torch, arguments.type))
+        for _ in range(2):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
+    if arguments.what == "train":
+        rows = train(arguments.sizes, arguments.batch, arguments.rounds, not arguments.no_memory)
+    else:
+        rows = sample(arguments.size, arguments.pixels, not arguments.no_chains)
+    if arguments.out:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": arguments.threads}
+        report = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "machine": machine}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
