@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from diffmae_video.errors import DataError, DiffmaeError
 from diffmae_video.training.distributed import Distributed
 
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # several lines a tensor otherwise
 # our runs of one process need no process group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _NAME = re.compile(r"step-(\d{8,})")

@@ -278,7 +278,8 @@ class Trainer:
     def fit(self, request: StopRequest, progress: Any, profile: int) -> TrainResult:
         """Train to the last step."""
         started = time.perf_counter()
-        batches = iter(self.stream)
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number when it starts: a resumed run starts two
+            batches = iter(self.stream)
         label = self.wanted["kind"]
         with contextlib.ExitStack() as stack:
             bar = (
@@ -436,7 +437,8 @@ class Trainer:
             self.average.swap()
         self.model.eval()
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+            with autocast, torch.random.fork_rng(devices=[]):
                 yield
         finally:
             self.model.train()

@@ -37,7 +37,9 @@ class MixedStream:
         return sum(stream.samples_per_epoch for stream in self.streams)
 
     def __iter__(self) -> Iterator[Any]:
-        iterators = [iter(stream) for stream in self.streams]
+        return self._batches([iter(stream) for stream in self.streams])  # workers start here, not at the first batch
+
+    def _batches(self, iterators: list[Iterator[Any]]) -> Iterator[Any]:
         while True:
             chosen = next_source(self.counts, self.weights)
             for micro in range(self.accumulate):

@@ -46,12 +46,12 @@ def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
     """
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - third parties may draw from it
     python = random.getstate()
-    tensors = {
+    tensors = {  # all of PyTorch, NumPy and Python, for code of others that draws from them
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.concatenate([keys.astype(np.int64), [position, has_gauss]])),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
         "python": torch.tensor(python[1], dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if python[2] is None else python[2]], dtype=torch.float64),
+        "python_gauss": torch.tensor([python[2] is not None, python[2] or 0.0], dtype=torch.float64),
     }
     assert kind == "MT19937"
     if device.type == "cuda":
@@ -72,8 +72,8 @@ def set_random(tensors: dict[str, Tensor], rank: int, device: torch.device) -> N
         float(values["numpy_gauss"]),
     )
     np.random.set_state(numpy_state)  # noqa: NPY002
-    gauss = float(values["python_gauss"])
-    random.setstate((3, tuple(values["python"].tolist()), None if gauss != gauss else gauss))
+    has_gauss, gauss = values["python_gauss"].tolist()
+    random.setstate((3, tuple(values["python"].tolist()), gauss if has_gauss else None))
     if device.type == "cuda" and "cuda" in values:
         torch.cuda.set_rng_state(values["cuda"], device)
 

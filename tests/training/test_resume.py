@@ -1,0 +1,157 @@
+"""A run that was interrupted ends bit for bit like one that was not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+
+import pytest
+
+from diffmae_video.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "call"),
+    [
+        pytest.param((), 4, id="mid-epoch"),
+        pytest.param((), 6, id="epoch-end"),  # 22 clips, batches of 4: the sixth crosses into the second epoch
+        pytest.param(("train.accumulate=2",), 10, id="inside-accumulation"),
+        pytest.param(("data.workers=2",), 5, id="two-workers"),
+        pytest.param(("data.repeats=2", "model.drop_path=0.5", "data.crop=random_resized"), 7, id="repeats"),
+    ],
+)
+def test_kill_and_resume_equals_uninterrupted(runs, kill_at, tmp_path, overrides, call):
+    runs.here(tmp_path / "straight", *overrides)
+    assert runs.child(tmp_path / "killed", *overrides, before=kill_at(call)) == [-signal.SIGKILL]
+    result = runs.here(tmp_path / "killed", *overrides)
+    assert result.step == 10
+    runs.assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_two_processes_resume_bit_for_bit(runs, kill_at, tmp_path):
+    assert runs.child(tmp_path / "straight", world=2) == [0, 0]
+    assert runs.child(tmp_path / "killed", world=2, before=kill_at(5, signal.SIGTERM)) == [75, 75]
+    assert runs.child(tmp_path / "killed", world=2) == [0, 0]
+    runs.assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_world_two_one_two_sees_each_sample_once(runs, kill_at, tmp_path):
+    import json
+
+    keys = tmp_path / "keys"
+    keys.mkdir()
+
+    def record(stop: int | None):
+        def before(rank):
+            if stop:
+                kill_at(stop, signal.SIGTERM)(rank)
+            from diffmae_video.training import pretraining
+
+            plain = pretraining.PretrainTask.loss
+
+            def loss(self, model, batch, device):
+                with open(keys / f"{rank}.jsonl", "a") as file:
+                    file.write(json.dumps([batch.epoch, batch.samples.tolist()]) + "\n")
+                return plain(self, model, batch, device)
+
+            pretraining.PretrainTask.loss = loss
+
+        return before
+
+    steps = "train.steps=11"  # 44 clips: two epochs of 22
+    assert runs.child(tmp_path / "run", steps, world=2, before=record(3)) == [75, 75]
+    assert runs.child(tmp_path / "run", steps, before=record(2)) == [75]
+    assert runs.child(tmp_path / "run", steps, world=2, before=record(None)) == [0, 0]
+    seen = [
+        sample for file in keys.iterdir() for line in file.read_text().splitlines() for sample in json.loads(line)[1]
+    ]
+    assert sorted(seen) == sorted([*range(22), *range(22)])
+    assert runs.child(tmp_path / "straight", steps, world=2) == [0, 0]
+    resumed, straight = (runs.metrics(tmp_path / name)[-1]["loss"] for name in ("run", "straight"))
+    assert resumed == pytest.approx(straight, rel=0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_leaves_with_75(runs, kill_at, tmp_path, number):
+    assert runs.child(tmp_path / "run", before=kill_at(3, number)) == [75]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").exists()
+    assert (tmp_path / "run" / "weights.safetensors").exists()
+
+
+def test_finished_run_is_left_alone(runs, tmp_path):
+    runs.here(tmp_path / "run", "train.steps=2")
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert runs.here(tmp_path / "run", "train.steps=2").step == 2
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="holds this run already"):
+        runs.here(tmp_path / "run", "train.steps=2", resume="never")
+
+
+def test_other_settings_or_data_are_refused(runs, tmp_path):
+    runs.here(tmp_path / "run", "train.steps=1")
+    with pytest.raises(UsageError, match=r"train\.base_lr was"):
+        runs.here(tmp_path / "run", "train.steps=1", "train.base_lr=1e-5")
+    status = tmp_path / "run" / "run.json"
+    text = status.read_text().replace('"data": "', '"data": "other')
+    status.write_text(text)
+    with pytest.raises(UsageError, match="data has changed"):
+        runs.here(tmp_path / "run", "train.steps=1")
+
+
+def test_unfinished_run_of_the_workspace_is_found(runs, kill_at, tmp_path, capfd):
+    assert runs.child(None, before=kill_at(3, signal.SIGTERM)) == [75]
+    result = runs.here(None)
+    assert result.directory == tmp_path / "runs" / "pretrain-001"
+    assert "Found an unfinished run" in capfd.readouterr().out
+    assert runs.here(None).directory.name == "pretrain-002"
+
+
+def test_damaged_newest_checkpoint_is_skipped(runs, kill_at, tmp_path, capfd):
+    runs.here(tmp_path / "straight")
+    runs.child(tmp_path / "run", before=kill_at(6, signal.SIGTERM))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    file = next(newest.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    runs.here(tmp_path / "run")
+    assert "Skipping step-00000006" in capfd.readouterr().out
+    runs.assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_start_from_another_run(runs, kill_at, tmp_path):
+    runs.here(tmp_path / "straight")
+    runs.child(tmp_path / "first", before=kill_at(4, signal.SIGTERM))
+    result = runs.here(tmp_path / "second", resume=str(tmp_path / "first"))
+    assert result.step == 10
+    one, two = runs.final(tmp_path / "straight"), runs.final(tmp_path / "second")
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_thirty_random_kill_points(runs, tmp_path):
+    """SIGKILL after a random time, also during a save: the run always continues, and ends like the straight one."""
+    import multiprocessing
+    import os
+    import time
+
+    dense = ("train.checkpoint_every=1", "train.steps=40")
+    runs.here(tmp_path / "straight", *dense)
+    draw = random.Random(0)
+    kills = 0
+    for trial in range(10):
+        out = tmp_path / f"run-{trial}"
+        for _ in range(6):
+            context = multiprocessing.get_context("fork")
+            process = context.Process(target=runs._in_child, args=({}, 0, out, dense, None, {}))
+            process.start()
+            time.sleep(draw.uniform(0.2, 1.5))  # the moment of the kill, not a wait for something
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.join()
+        runs.here(out, *dense)
+        runs.assert_same(tmp_path / "straight", out, step=40)
+        shutil.rmtree(out)
+    assert kills >= 30
