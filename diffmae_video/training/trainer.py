@@ -1,0 +1,361 @@
+"""One run in one process: state, steps, and what happens at intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmae_video.config import Settings
+from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+from diffmae_video.training import optim, parallel, run, state
+from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors, write_atomic
+from diffmae_video.training.distributed import Distributed
+from diffmae_video.training.hardware import describe_machine, peak_flops, peak_memory
+from diffmae_video.training.logging import RunLog
+from diffmae_video.training.meter import Meter, profile_steps
+from diffmae_video.training.signals import StopRequest
+from diffmae_video.training.task import Task, TrainResult
+
+
+class Trainer:
+    """One run in one process; `train` is the way to use it."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        stream_factory: Callable[[int, int], Any],
+        directory: Path,
+        distributed: Distributed,
+        say: Callable[[str], None],
+        report: Callable[[Path], None] | None,
+        flops_per_clip: float | None,
+    ) -> None:
+        self.task, self.settings, self.train, self.directory = task, settings, settings.train, directory
+        self.distributed, self.device = distributed, distributed.device
+        self.say, self.report, self.flops_per_clip = say, report, flops_per_clip
+        state.seed_random(settings.seed, distributed.rank)
+        self.model = task.model.to(self.device).train()
+        self.wrapped = parallel.parallelize(self.model, self.train, distributed)
+        self.sharded = distributed.world > 1 and self.train.sharding == "fsdp"
+        self.optimizer = optim.build_optimizer(self.model, self.train, fused=self.device.type != "mps")
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.average = optim.MovingAverage(named, self.train.ema) if self.train.ema else None
+        self.stream = stream_factory(distributed.rank, distributed.world)
+        clips_an_epoch = self.stream.samples_per_epoch * settings.data.repeats
+        if not settings.data.sources and clips_an_epoch < self.train.batch_size:
+            raise UsageError(
+                f"The split {settings.data.split} has {clips_an_epoch} clips an epoch, fewer than train.batch_size = "
+                f"{self.train.batch_size}; lower it or add data."
+            )
+        batch = self.train.batch_size
+        self.steps_per_epoch = clips_an_epoch / batch
+        self.total = self.train.steps or max(1, round(self.train.epochs * self.steps_per_epoch))
+        self.warmup = min(self.train.warmup_epochs * clips_an_epoch, self.total * batch / 10)
+        self.step = self.resumed_from = self.skipped = 0
+        self.bad: dict[str, int] = {}
+        self.best: float | None = None
+        self.meter = Meter(self.device)
+        self.files: Checkpointer | None = None
+        self.log: RunLog | None = None
+        self.last: dict[str, Any] = {}
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stream.close()
+        try:
+            if self.files is not None:
+                self.files.close()
+        except DiffmaeError:
+            if failure[0] is None:
+                raise
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def mark(self, status: str) -> None:
+        """Write the run's status for whoever looks into the directory."""
+        if self.distributed.main:
+            with contextlib.suppress(OSError):
+                run.write_status(self.directory, status=status, step=self.step, total=self.total)
+
+    # --- beginning --------------------------------------------------------------------------------------------------
+
+    def start(self, found: Found | None, wanted: dict[str, Any]) -> None:
+        """Open the files of the run and take over a checkpoint's state."""
+        train = self.train
+        self.wanted = wanted
+        self.files = Checkpointer(
+            self.directory / "checkpoints", self.distributed, train.keep_last, train.keep_every, train.mirror
+        )
+        if found is not None:
+            self._load(found)
+        if self.distributed.main:
+            self.log = RunLog(self.directory, self.step, train.wandb, self.settings.model_dump(mode="json"))
+            run.write_status(
+                self.directory,
+                status="running",
+                step=self.step,
+                total=self.total,
+                machine=describe_machine(self.device),
+            )
+
+    def _load(self, found: Found) -> None:
+        if differs := run.difference(found.state["identity"], self.wanted):
+            raise UsageError(f"Checkpoint {found.path} is of another run ({differs}); restore that, or start afresh.")
+        rank, world = self.distributed.rank, self.distributed.world
+        tensors = state.run_tensors(self.model, self.optimizer, self.average)
+        same = found.state["world"] == world
+        generators = state.random_tensors(rank, self.device) if same else {}
+        load_tensors(found, {**tensors, **generators}, world)
+        if same:
+            state.set_random(generators, rank, self.device)
+        else:
+            state.seed_random(self.settings.seed + found.step, rank)
+        self.stream.load_state_dict(found.state["stream"])
+        self.step = self.resumed_from = found.step
+        self.skipped, self.best = found.state["skipped"], found.state["best"]
+        self.files.best_step = found.state["best_step"]
+        if self.distributed.main:  # totals over ranks: rank 0 carries them on
+            self.bad = dict(found.state["bad"])
+            self.meter.load(found.state["window"], world)
+        self.say(f"Continuing {self.directory} from step {self.step} of {self.total} ({found.path.name}).")
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def fit(self, request: StopRequest, progress: Any, profile: int) -> TrainResult:
+        """Train to the last step."""
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number when it starts: a resumed run starts two
+            batches = iter(self.stream)
+        label = self.wanted["kind"]
+        with contextlib.ExitStack() as stack:
+            bar = (
+                stack.enter_context(progress(self.total, label, "steps"))
+                if progress and self.distributed.main
+                else None
+            )
+            if bar is not None and self.step:
+                bar.update(self.step)
+            tick = stack.enter_context(profile_steps(profile, self.directory, self.device, self.say, self.meter))
+            while self.step < self.total:
+                stop = self._one_step(batches, request)
+                tick()
+                self.files.poll()
+                due = self._due(stop)
+                if due["log"]:
+                    self._log()
+                if bar is not None:
+                    bar.update(1, **self._figures())
+                if due["pictures"]:
+                    self._pictures()
+                improved = due["validate"] and self._validate()
+                if due["save"] or improved:
+                    self.save()
+                if self.report and self.distributed.main and (due["pictures"] or due["validate"] or due["save"]):
+                    self.report(self.directory)
+                if stop:
+                    self.files.wait()
+                    raise Stopped(
+                        f"Stopped by {request.name or 'a signal'} at step {self.step} of {self.total} and saved in "
+                        f"{self.directory}; run the same command again to continue."
+                    )
+        self.files.wait()
+        self.mark("finished")
+        if self.report and self.distributed.main:
+            self.report(self.directory)
+        seconds = time.perf_counter() - started
+        return TrainResult(self.directory, self.step, self.total, self.last, self.resumed_from, seconds)
+
+    def _one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
+        train, meter = self.train, self.meter
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
+        batch_keys: list[Any] = []
+        losses = torch.zeros((), device=self.device)
+        sums: dict[str, Tensor] = {}
+        for micro in range(train.accumulate):
+            with meter.waiting():
+                batch = next(batches)
+            batch_keys.append(batch)
+            for reason, count in batch.bad.items():
+                self.bad[reason] = self.bad.get(reason, 0) + count
+            with meter.computing(), parallel.synchronized(self.wrapped, micro == train.accumulate - 1):
+                with autocast:
+                    output = self.task.loss(self.wrapped, batch, self.device)
+                (output.loss / train.accumulate).backward()
+                losses += output.loss.detach() / train.accumulate
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach() / train.accumulate
+        with meter.computing():
+            norm = parallel.gradient_norm(self.model, train.clip_grad)
+            bad, stop = self.distributed.any(not bool(torch.isfinite(losses + norm)), bool(request))
+            if bad:
+                self._nonfinite(batch_keys, losses, norm)
+            else:
+                samples = (self.step + 0.5) * train.batch_size  # at the middle of the step: neither end is wasted on 0
+                peak = optim.peak_learning_rate(train)
+                self.rate = optim.learning_rate(
+                    samples, self.total * train.batch_size, self.warmup, peak, min(train.min_lr, peak)
+                )
+                optim.set_learning_rate(self.optimizer, self.rate)
+                self.optimizer.step()
+                if self.average is not None:
+                    self.average.update()
+                meter.add({**sums, "loss": losses, "grad_norm": norm})
+                meter.steps += 1
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return stop
+
+    def _nonfinite(self, batches: list[Any], loss: Tensor, norm: Tensor) -> None:
+        """A loss or gradient that is no number: note the batch; stop unless some may be skipped."""
+        step = self.step + 1
+        note = {
+            "step": step,
+            "rank": self.distributed.rank,
+            "seed": self.settings.seed,
+            "loss": str(loss.item()),
+            "grad_norm": str(norm.item()),
+            "keys": [key for batch in batches for key in batch.keys],
+            "seeds": [seed for batch in batches for seed in batch.seeds.tolist()],
+        }
+        path = self.directory / f"nonfinite-{step:08d}-rank{self.distributed.rank}.json"
+        write_atomic(path, json.dumps(note, indent=1) + "\n")
+        self.skipped += 1
+        if self.skipped > self.train.skip_nonfinite:
+            raise DiffmaeError(
+                f"Loss or gradient of step {step} is not finite (loss {note['loss']}); the weights are as before it, "
+                f"{path} names its clips: lower train.base_lr or set train.clip_grad, then run the command again."
+            )
+        self.say(f"Step {step} is skipped: its loss or gradient is not finite ({path.name}).")
+
+    # --- at intervals -----------------------------------------------------------------------------------------------
+
+    def _due(self, stop: bool) -> dict[str, bool]:
+        train, step, end = self.train, self.step, self.step == self.total
+        every = {
+            "log": train.log_every,
+            "pictures": train.picture_every,
+            "validate": train.validate_every,
+            "save": train.checkpoint_every,
+        }
+        due = {name: bool(count) and step % count == 0 for name, count in every.items()}
+        due["log"] = due["log"] or end
+        due["save"] = due["save"] or end or stop
+        due["validate"] = (due["validate"] or end) and not stop
+        due["pictures"] = (due["pictures"] or (end and train.picture_every > 0)) and not stop
+        return due
+
+    def _log(self) -> None:
+        line = self.meter.line(self.distributed, self.train.batch_size)
+        line["bad_samples"] = sum(sum(part.values()) for part in self.distributed.gather(self.bad))
+        if not self.distributed.main:
+            return
+        rate = line["clips_per_s"] / self.distributed.world
+        line = {
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "samples": self.step * self.train.batch_size,
+            "loss": line.pop("loss", None),
+            "lr": getattr(self, "rate", 0.0),
+            **line,
+            "peak_memory": round(peak_memory(self.device), 4),
+            "skipped": self.skipped,
+        }
+        if self.flops_per_clip:
+            line["mfu"] = round(rate * self.flops_per_clip / peak_flops(str(self.device), self.train.precision), 4)
+        self.last = {"step": self.step, **line}
+        self.log.metrics(self.step, line)
+
+    def _figures(self) -> dict[str, str]:
+        if not self.last or self.last.get("loss") is None:
+            return {}
+        last = self.last
+        return {
+            "loss": f"{last['loss']:.4g}",
+            "clips/s": f"{last['clips_per_s']:.3g}",
+            "data wait": f"{100 * last['data_wait']:.0f}%",
+        }
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with its moving average, in evaluation mode."""
+        parallel.reshard(self.model)
+        if self.average is not None:
+            self.average.swap()
+        self.model.eval()
+        try:
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+            with autocast, torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self.model.train()
+            parallel.reshard(self.model)
+            if self.average is not None:
+                self.average.swap()
+
+    def _pictures(self) -> None:
+        if not (self.distributed.main or self.sharded):  # a sharded model computes with all ranks or not at all
+            return
+        with self.meter.aside(), self._averaged():
+            pictures = self.task.pictures(self.model, self.step)
+        if self.log is not None:
+            self.log.pictures(self.step, pictures)
+
+    def _validate(self) -> bool:
+        """Validate, log, and tell whether the result is the best so far."""
+        with self.meter.aside(), self._averaged():
+            metrics = self.task.validate(self.model, self.step)
+        if not metrics:
+            return False
+        if self.log is not None:
+            self.log.metrics(self.step, metrics)
+            self.last |= metrics
+        name, better = getattr(self.task, "monitor", ("val_loss", "min"))
+        value = metrics.get(name)
+        if value is None or (self.best is not None and (value >= self.best if better == "min" else value <= self.best)):
+            return False
+        self.best, self.files.best_step = value, self.step
+        return True
+
+    def save(self) -> None:
+        """Start writing a checkpoint of this moment, and the weights beside it. A collective."""
+        bad: dict[str, int] = {}
+        for part in self.distributed.gather(self.bad):
+            for reason, count in part.items():
+                bad[reason] = bad.get(reason, 0) + count
+        numbers = {
+            "step": self.step,
+            "world": self.distributed.world,
+            "identity": self.wanted,
+            "stream": self.stream.state_dict(),
+            "skipped": self.skipped,
+            "best": self.best,
+            "best_step": self.files.best_step,
+            "bad": bad,
+            "window": self.meter.state(self.distributed),
+        }
+        parallel.reshard(self.model)
+        tensors = state.run_tensors(self.model, self.optimizer, self.average)
+        generators = state.random_tensors(self.distributed.rank, self.device)
+        with self.meter.aside():
+            weights = None
+            if self.sharded or self.distributed.main:
+                weights = parallel.full_state(self.model, self.average.average if self.average else None)
+            info = {**self.task.info(), "step": self.step, "metrics": dict(self.last)}
+            self.files.save({**tensors, **generators}, numbers, lambda: self._export(weights, info, numbers["step"]))
+
+    def _export(self, weights: dict[str, Tensor], info: dict[str, Any], step: int) -> None:
+        from diffmae_video.models.weights import save_model
+
+        save_model(self.model, self.directory, info, state=weights)
+        run.write_status(self.directory, step=step)
