@@ -129,7 +129,7 @@ def _mean_error(pixels, mask, model_settings):
 
     hidden = gather_tokens(patchify(pixels, model_settings.tubelet, model_settings.patch), mask.masked)  # (B, M, P)
     if model_settings.target == "norm_pixel":
-        hidden = normalize_patches(hidden)[0]
+        hidden = normalize_patches(hidden)
     return (hidden - hidden.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2)).double()
 
 

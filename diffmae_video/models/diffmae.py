@@ -26,6 +26,7 @@ from diffmae_video.models.patches import (
     gather_tokens,
     grid_shape,
     normalize_patches,
+    patch_statistics,
     patchify,
     pixel_bounds,
     scatter_tokens,
@@ -169,7 +170,7 @@ class DiffMAE(nn.Module):
             valid = None if valid is None else valid.gather(1, draw.keep)
         clean = gather_tokens(patches, index)  #                              (B, K, P)
         if self.settings.target == "norm_pixel":
-            clean = normalize_patches(clean)[0]
+            clean = normalize_patches(clean)
         noisy = target = None
         if self.settings.objective != "mae":
             signal = self.signal[draw.timestep].view(-1, 1, 1)
@@ -273,7 +274,7 @@ class DiffMAE(nn.Module):
         mask = encoding.mask
         given = None if known is None else self._gather_known(known, clips, mask, samples)  # bool (B', M, P)
         under = gather_tokens(patches, mask.masked)  #                                        (B', M, P)
-        mean, std = normalize_patches(under)[1:] if normed else (0.0, 1.0)
+        mean, std = patch_statistics(under) if normed else (0.0, 1.0)
         low, high = (bound.to(clips.device) for bound in pixel_bounds(self.settings.pixel_norm, self.patch_values))
 
         def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:

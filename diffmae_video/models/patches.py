@@ -7,6 +7,7 @@ one tubelet by repetition.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PIXEL_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -90,8 +91,15 @@ def pixel_bounds(pixel_norm: str, values: int) -> tuple[Tensor, Tensor]:
     return ((0 - mean) / std).repeat(values // 3), ((1 - mean) / std).repeat(values // 3)
 
 
-def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patch vectors (B, N, P) by their own mean and unbiased variance (MAE): (normalised, mean, std), std (B, N, 1)."""
-    mean = patches.mean(-1, keepdim=True)
-    std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Patch vectors (B, N, P) by their own mean and unbiased variance + 1e-6 (MAE), in one pass of LayerNorm.
+
+    LayerNorm divides by the biased deviation; the factor between the two, also inside epsilon, makes them equal.
+    """
+    factor = (patches.shape[-1] - 1) / patches.shape[-1]
+    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6 * factor) * factor**0.5
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """What `normalize_patches` subtracts and divides by: two (B, N, 1)."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

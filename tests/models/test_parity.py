@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import Mask
 from diffmae_video.models.importers import import_weights
-from diffmae_video.models.patches import normalize_patches, patchify
+from diffmae_video.models.patches import normalize_patches, patch_statistics, patchify
 
 VIT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192, "patch_size": 8}
 DECODER = {
@@ -124,7 +124,7 @@ def test_hugging_face_videomae_classifier(tmp_path):
 
 def test_norm_pixel_is_maes():
     patches = patchify(torch.randn(1, 3, 1, 16, 16), 1, 8)
-    normed, mean, std = normalize_patches(patches)
+    normed, (mean, std) = normalize_patches(patches), patch_statistics(patches)
     torch.testing.assert_close(
         normed, (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
     )
