@@ -82,6 +82,7 @@ def test_files_and_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> 
     assert report["top1"] == pytest.approx(sum(hits) / 8)
 
 
+@pytest.mark.slow  # three processes start; the split of the work itself is tested in test_classify.py
 def test_two_processes_give_the_same_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 5}, broken=("val0001",))
     one = evaluate("squares", data=tmp_path / "shards", views="2x1", device="cpu", out=tmp_path / "one")

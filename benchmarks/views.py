@@ -1,0 +1,83 @@
+"""Multi-view testing: CPU time of decoding and cropping a video once for all its views, and once per view.
+
+    python benchmarks/views.py CLIP... [--views 7x3] [--frames 16] [--stride 4] [--size 224] [--rounds 3]
+
+Every arm cuts the same views. `once` is what `diffmae eval` does. `seek` opens and decodes the video for each view,
+with the same reader, which converts only the frames it needs; `seek, all frames` does so too and converts and scales
+every frame of the clip's span, as MAE-ST and SlowFast do. Rounds are interleaved; medians of process CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffmae_video.data.decode import Video
+from diffmae_video.evaluation.classify import ViewSettings, decode_views
+from diffmae_video.evaluation.views import crop_corner, parse_views, plan_views, scaled_size
+
+
+def once(data: bytes, settings: ViewSettings) -> torch.Tensor:
+    """All views (V, T, C, H, W) from one decode."""
+    video = decode_views(data, settings)
+    return torch.stack([video.view(index) for index in range(len(video.plan.views))])
+
+
+def seek(data: bytes, settings: ViewSettings, whole_span: bool = False) -> torch.Tensor:
+    """The same views, each decoded by itself."""
+    with Video(data) as video:
+        info = video.info
+    plan = plan_views(settings.protocols, info.frames, settings.frames, settings.stride)
+    size = scaled_size(info.height, info.width, settings.size)
+    views = []
+    for view in plan.views:
+        numbers = list(range(view.frames[0], view.frames[-1] + 1)) if whole_span else list(view.frames)
+        with Video(data) as video:
+            frames = video.clips([numbers], size=size)[0].frames
+        rows = [numbers.index(number) for number in view.frames]
+        top, left = crop_corner(*size, settings.size, view.place)
+        views.append(frames[rows][:, :, top : top + settings.size[0], left : left + settings.size[1]])
+    return torch.stack(views)
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, nargs="+")
+    parser.add_argument("--views", default="7x3")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--stride", type=int, default=4)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = ViewSettings(parse_views(options.views), options.frames, options.stride, (options.size, options.size))
+    arms: dict[str, Callable[[bytes], torch.Tensor]] = {
+        "once": lambda data: once(data, settings),
+        "seek": lambda data: seek(data, settings),
+        "seek, all frames": lambda data: seek(data, settings, whole_span=True),
+    }
+    print("| clip | once, CPU s | seek | seek, all frames | pixels equal |")
+    print("|---|---|---|---|---|")
+    for path in options.clips:
+        data = path.read_bytes()
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        results = {}
+        for _ in range(options.rounds):
+            for name, arm in arms.items():
+                begun = time.process_time()
+                results[name] = arm(data)
+                seconds[name].append(time.process_time() - begun)
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        equal = all(torch.equal(results["once"], result) for result in results.values())
+        cells = [f"{median[name]:.2f} ({median[name] / median['once']:.1f}x)" for name in list(arms)[1:]]
+        print(f"| {path.name} | {median['once']:.3f} | {' | '.join(cells)} | {'yes' if equal else 'NO'} |")
+
+
+if __name__ == "__main__":
+    main()
