@@ -142,11 +142,11 @@ def start(device: str = "auto", timeout_s: float = 1800) -> Iterator[Distributed
             backend, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout_s), init_method="env://"
         )
         joined = True
-    try:
-        yield Distributed(rank, world, local_rank, local_world, place)
-    finally:
-        if joined and dist.is_initialized():
-            dist.destroy_process_group()
+    yield Distributed(rank, world, local_rank, local_world, place)
+    # Not after an error: closing the connections would make the other ranks fail with errors of their own, before this
+    # one's is on record. They end with the process.
+    if joined and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def cores() -> int:
@@ -206,14 +206,18 @@ def _child(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
 
 
 def _first_error(error: Any) -> DiffmaeError:
+    def told(failure: Any) -> str:
+        with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
+            return str(json.load(file)["message"]["message"])
+        return str(failure.message)
+
+    for failure in error.failures.values():  # a rank that knows what happened, before those that lost their peer
+        name, _, message = told(failure).partition(": ")
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, DiffmaeError):
+            return kind(message)
     rank, failure = error.get_first_failure()
-    text = failure.message
-    with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
-        text = json.load(file)["message"]["message"]
-    name, _, message = str(text).partition(": ")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, DiffmaeError):
-        return kind(message)
+    text = told(failure)
     if failure.exitcode < 0:
         text = f"it was ended by signal {-failure.exitcode}, which often means that memory ran out"
-    return DiffmaeError(f"Process {rank} failed ({str(text).strip()}); run again with --debug for the full account.")
+    return DiffmaeError(f"Process {rank} failed ({text.strip()}); run again with --debug for the full account.")

@@ -1,0 +1,142 @@
+"""What goes wrong in training, and what is left of the run then."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+
+from diffmae_video.errors import DiffmaeError, UsageError
+from diffmae_video.training import checkpoint, pretraining
+from diffmae_video.training import run as run_files
+from diffmae_video.training.checkpoint import list_checkpoints
+
+
+def spoil(monkeypatch, *calls):
+    """The loss of these micro-batches is infinite."""
+    plain, count = pretraining.PretrainTask.loss, [0]
+
+    def loss(self, *args):
+        output = plain(self, *args)
+        count[0] += 1
+        return output._replace(loss=output.loss * float("inf")) if count[0] in calls else output
+
+    monkeypatch.setattr(pretraining.PretrainTask, "loss", loss)
+
+
+def test_nonfinite_loss_stops_before_the_optimizer(runs, tmp_path, monkeypatch):
+    spoil(monkeypatch, 3)
+    with pytest.raises(DiffmaeError, match="step 3 is not finite"):
+        runs.here(tmp_path / "run")
+    note = json.loads((tmp_path / "run" / "nonfinite-00000003-rank0.json").read_text())
+    assert len(note["keys"]) == len(note["seeds"]) == 4
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+    monkeypatch.undo()
+    monkeypatch.setenv("DIFFMAE_WORKSPACE", str(tmp_path))
+    runs.here(tmp_path / "straight")
+    runs.here(tmp_path / "run")
+    runs.assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_nonfinite_steps_are_skipped_and_counted(runs, tmp_path, monkeypatch):
+    spoil(monkeypatch, 3, 5)
+    result = runs.here(tmp_path / "run", "train.skip_nonfinite=2")
+    assert result.metrics["skipped"] == 2
+    assert all(
+        tensor.isfinite().all() for tensor in runs.final(tmp_path / "run").values() if tensor.is_floating_point()
+    )
+    spoil(monkeypatch, 3, 5)
+    with pytest.raises(DiffmaeError, match="step 5 is not finite"):
+        runs.here(tmp_path / "other", "train.skip_nonfinite=1")
+
+
+def test_full_disk_leaves_the_checkpoint_before(runs, tmp_path, monkeypatch):
+    plain = checkpoint.sync_path
+
+    def full(path):
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        plain(path)
+
+    monkeypatch.setattr(checkpoint, "sync_path", full)
+    with pytest.raises(DiffmaeError, match=r"No space left .* step-00000004 .*the last whole one is step-00000002"):
+        runs.here(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(checkpoint, "sync_path", plain)
+    runs.here(tmp_path / "straight")
+    runs.here(tmp_path / "run")
+    runs.assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_checkpoint_is_on_disk_before_it_has_its_name(runs, tmp_path, monkeypatch):
+    synced: list[str] = []
+    plain_sync, plain_rename = checkpoint.sync_path, os.rename
+
+    def rename(source, target):
+        if ".tmp-step" in str(source):
+            assert any(name.endswith(".safetensors") for name in synced)
+            assert str(source) in synced  # the directory itself
+        plain_rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "sync_path", lambda path: (synced.append(str(path)), plain_sync(path)))
+    monkeypatch.setattr(os, "rename", rename)
+    runs.here(tmp_path / "run", "train.steps=2")
+    assert str(tmp_path / "run" / "checkpoints") in synced
+
+
+def test_kept_checkpoints(runs, tmp_path):
+    runs.here(tmp_path / "run", "train.checkpoint_every=1", "train.keep_last=2", "train.keep_every=4")
+    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == [f"step-{step:08d}" for step in (10, 9, 8, 4)]
+
+
+def test_mirror_brings_a_run_back(runs, kill_at, tmp_path):
+    mirror = f"train.mirror='file://{tmp_path / 'mirror'}'"
+    runs.here(tmp_path / "straight")
+    assert runs.child(tmp_path / "first", mirror, before=kill_at(5, signal.SIGTERM)) == [75]
+    assert runs.here(tmp_path / "second", mirror).step == 10  # another machine: nothing but the mirror is there
+    assert runs.final(tmp_path / "second").keys() == runs.final(tmp_path / "straight").keys()
+    one, two = runs.final(tmp_path / "second"), runs.final(tmp_path / "straight")
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_run_in_use_is_refused(tmp_path):
+    refused = pytest.raises(UsageError, match=rf"in use by process {os.getpid()}")
+    with run_files.lock(tmp_path / "run"), refused, run_files.lock(tmp_path / "run"):
+        pass
+
+
+def test_folder_of_something_else_is_refused(runs, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds something that is no run"):
+        runs.here(tmp_path / "notes")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["text.txt"]
+
+
+def test_too_few_samples(runs, tmp_path):
+    with pytest.raises(UsageError, match=r"22 clips an epoch, fewer than train\.batch_size = 32"):
+        runs.here(tmp_path / "run", "train.batch_size=32")
+
+
+def test_out_of_memory_names_the_setting(runs, tmp_path, monkeypatch):
+    def loss(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pretraining.PretrainTask, "loss", loss)
+    with pytest.raises(DiffmaeError, match=r"Out of memory with 4 clips .*train\.accumulate=2"):
+        runs.here(tmp_path / "run")
+
+
+def test_nothing_is_unpickled(runs, tmp_path):
+    runs.here(tmp_path / "run", "train.steps=2")
+    files = {path.suffix for path in (tmp_path / "run" / "checkpoints" / "step-00000002").iterdir()}
+    assert files == {".safetensors", ".json"}
+    weights = safetensors.torch.load_file(tmp_path / "run" / "weights.safetensors")
+    average = runs.final(tmp_path / "run", 2)
+    assert all(weights[name.removeprefix("ema.")].equal(average[name]) for name in average if name.startswith("ema."))
