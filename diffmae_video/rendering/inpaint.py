@@ -174,21 +174,22 @@ class Inpainter:
             clips = [frames[phase::stride] for phase in range(stride)]
             clips = [clip for clip in clips if any(window.of(frame.open).any() for frame in clip)]
             for begin in range(0, len(clips), self.settings.batch):
-                self._fill_clips(
-                    clips[begin : begin + self.settings.batch], window, f"{frames[0].number}-{part}-{begin}"
-                )
+                # one seed for the interleaved clips of a window: they show the same moment
+                seed = self.seed * 1_000_003 + frames[0].number * 1009 + part
+                key = f"{frames[0].number}-{part}-{begin}"
+                self._fill_clips(clips[begin : begin + self.settings.batch], window, key, seed)
             for frame in frames:
                 window.of(frame.open)[:] = False
         self.windows += 1
 
-    def _fill_clips(self, clips: list[list[Frame]], window: Window, key: str) -> None:
+    def _fill_clips(self, clips: list[list[Frame]], window: Window, key: str, seed: int) -> None:
         """Sample a batch of clips and paste them; every lane (sample) has its own context."""
         cells = np.stack([self._cells(clip, window) for clip in clips])  # bool (B, T/t, H/p, W/p)
         for lane in range(self.settings.samples):
             name = f"{key}-{lane}"
             outputs = self.store.load(name) if self.store else None
             if outputs is None:
-                outputs = self._sample(clips, window, cells, lane)
+                outputs = self._sample(clips, window, cells, lane, seed)
                 if self.store:
                     self.store.save(name, outputs)
             else:
@@ -211,7 +212,7 @@ class Inpainter:
         per_frame = np.stack([to_cells(window.of(frame.open), self.grid[1:]) for frame in clip])  # (T, H/p, W/p)
         return per_frame.reshape(self.grid[0], -1, *self.grid[1:]).any(1)
 
-    def _sample(self, clips: list[list[Frame]], window: Window, cells: np.ndarray, lane: int) -> np.ndarray:
+    def _sample(self, clips: list[list[Frame]], window: Window, cells: np.ndarray, lane: int, seed: int) -> np.ndarray:
         """Result and first prediction of a batch of clips: uint8 (B, 2, T, h, w, 3)."""
         settings = self.settings
         pixels = [
@@ -220,8 +221,6 @@ class Inpainter:
         ]
         inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)
-        # the same noise for the interleaved clips of a window: they show the same moment
-        seed = (self.seed * 1_000_003 + clips[0][0].number * 1009 + window.top * 31 + window.left) % (2**31)
         first: list[np.ndarray] = []
 
         def watch(step: int, timestep: int, x0: Tensor) -> None:
@@ -236,7 +235,7 @@ class Inpainter:
             output = self.model.sample(
                 normalize_pixels(inputs.to(self.device), self.model.settings.pixel_norm),
                 mask,
-                seeds=[seed + 7919 * lane] * len(clips),
+                seeds=[(seed + 7_919_000_003 * lane) % 2**31] * len(clips),
                 sampler=settings.sampler,
                 steps=settings.steps,
                 eta=settings.eta,
@@ -279,8 +278,9 @@ def inpaint(
     """
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3:
         raise ValueError(f"a video is uint8 (T, 3, H, W), not {video.dtype} {(*video.shape,)}")
-    inpainter = Inpainter(model, settings, stride=stride, seed=seed)
     frames, size = video.shape[0], tuple(video.shape[2:])
+    stride = max(1, min(stride, frames // model.settings.frames))  # short clips take all they have
+    inpainter = Inpainter(model, settings, stride=stride, seed=seed)
     if isinstance(mask, str):
         canvas = Canvas(*size, frames, 25.0, inpainter.grid, inpainter.span, seed)
         masks: FrameMask = build_mask([mask], canvas)

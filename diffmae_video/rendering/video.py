@@ -250,9 +250,10 @@ class _Sound:
         if self.copies:
             self.stream = output.add_stream_from_template(stream)
         else:
-            self.stream = output.add_stream("aac", rate=stream.codec_context.sample_rate or 48000)
-            if stream.codec_context.layout:
-                self.stream.layout = stream.codec_context.layout
+            rate = stream.codec_context.sample_rate or 48000
+            layout = "mono" if stream.codec_context.channels == 1 else "stereo"
+            self.stream = output.add_stream("aac", rate=rate, layout=layout, format="fltp")
+            self.resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate, frame_size=1024)
         self.packets = self._copied(stream) if self.copies else self._encoded(stream)
         self.waiting: av.Packet | None = None
 
@@ -290,7 +291,10 @@ class _Sound:
             for frame in frames:
                 if frame.pts is not None:
                     frame.pts -= round(self.source.start / frame.time_base)
-                yield from self.stream.encode(frame)
+                for part in self.resampler.resample(frame):
+                    yield from self.stream.encode(part)
+        for part in self.resampler.resample(None):
+            yield from self.stream.encode(part)
         yield from self.stream.encode()
 
     def close(self) -> None:

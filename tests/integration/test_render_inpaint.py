@@ -1,0 +1,219 @@
+"""`diffmae render-inpaint` through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffmae_video.cli.app import run
+from diffmae_video.config import DiffusionSettings, ModelSettings
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.weights import save_model
+from diffmae_video.rendering.video import VideoSource, VideoWriter
+
+HEIGHT, WIDTH, COUNT = 36, 52, 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = ModelSettings(
+        preset="nano", width=32, depth=1, heads=2, frames=4, size=(16, 16), tubelet=2, patch=4,
+        decoder_depth=1, decoder_width=32, decoder_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    save_model(DiffMAE(settings, DiffusionSettings()), folder, {"kind": "diffmae"})
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clip in an empty folder, which becomes the current one."""
+    monkeypatch.chdir(tmp_path)
+    return write_clip(tmp_path / "clip.mkv", COUNT)
+
+
+def write_clip(path: Path, count: int) -> Path:
+    from fractions import Fraction
+
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    writer = VideoWriter(path, (HEIGHT, WIDTH), Fraction(1, 25), Fraction(25), codec="ffv1")
+    for n in range(count):
+        writer.write(np.roll(base, n, axis=1), n)
+    writer.close()
+    return path
+
+
+def render(clip: Path, model: Path, *arguments: str) -> int:
+    steps = [] if "--steps" in arguments else ["--steps", "2"]
+    return run(["render-inpaint", str(clip), "--checkpoint", str(model), "--stride", "1", *steps, *arguments])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.stack([frame.rgb for frame in VideoSource(path)])
+
+
+def test_everything_is_written(clip: Path, model: Path) -> None:
+    assert render(clip, model, "--mask", "center", "--out", "out", "--samples", "2") == 0
+    names = {path.name for path in Path("out").iterdir()}
+    assert names == {
+        "inpainted.mp4", "inpainted-2.mp4", "comparison.mp4", "trajectory.mp4", "sheet.png", "uncertainty.png",
+        "result.json", "report.html", "config.toml",
+    }  # fmt: skip
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["frames"] == COUNT
+    assert 0 < result["psnr_masked"] < 40
+    assert -1 <= result["ssim_masked"] <= 1
+    assert {"seconds", "steps", "seed", "sampler", "windows"} <= set(result)
+    report = Path("out/report.html").read_text()
+    assert report.count("data:video/mp4;base64") >= 2
+    entries = json.loads(Path(".diffmae/workspace.json").read_text())["entries"]
+    assert entries[-1]["kind"] == "render"
+
+
+@pytest.mark.parametrize(
+    "mask", ["random:0.75", "tube:0.5", "center", "block:0.5", "frames:2-4", "future:0.3", "box:5,6,20,15@2-7"]
+)
+def test_lossless_is_bit_equal_outside_the_mask(clip: Path, model: Path, mask: str) -> None:
+    assert render(clip, model, "--mask", mask, "--lossless", "--out", "out") == 0
+    source, result = pixels(clip), pixels(Path("out/inpainted.mkv"))
+    assert source.shape == result.shape
+    share = json.loads(Path("out/result.json").read_text())["masked_share"]
+    changed = (source != result).any(-1)
+    assert 0 < changed.mean() <= share
+    if mask.startswith("box"):
+        assert not changed[:2].any()
+        assert not changed[8:].any()
+        assert not changed[:, :6].any()
+        assert not changed[:, :, 25:].any()
+        assert changed[2:8, 6:21, 5:25].mean() > 0.9
+
+
+def test_an_image_and_a_folder_of_frames(clip: Path, model: Path) -> None:
+    Path("frames").mkdir()
+    for n, picture in enumerate(pixels(clip)):
+        Image.fromarray(picture).save(f"frames/{n}.png")
+    assert render(Path("frames"), model, "--mask", "box:5,5,9,9", "--codec", "png", "--out", "a") == 0
+    assert sorted(path.name for path in Path("a/inpainted").iterdir()) == [f"{n:05d}.png" for n in range(COUNT)]
+    assert render(Path("frames/0.png"), model, "--mask", "center", "--out", "b") == 0
+    assert np.asarray(Image.open("b/inpainted.png")).shape == (HEIGHT, WIDTH, 3)
+    assert Path("b/comparison.png").is_file()
+    assert render(clip, model, "--mask", "center", "--codec", "gif", "--out", "c") == 0
+    assert Image.open("c/inpainted.gif").n_frames == COUNT
+
+
+def test_drawn_mask_removes_an_object(clip: Path, model: Path) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[8:20, 10:30] = 255
+    Image.fromarray(mask).save("mask.png")
+    assert render(clip, model, "--mask", "mask.png", "--dilate", "2", "--lossless", "--out", "out") == 0
+    changed = (pixels(clip) != pixels(Path("out/inpainted.mkv"))).any((0, 3))
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 21, 8, 31)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--mask", "box:0,0,500,10"], 2, "52x36 pixels"),
+        (["--mask", "wrong"], 2, "no mask and no file"),
+        (["--mask", "box:0,0,100%,100%"], 2, "whole clip"),
+        (["--mask", "center", "--mask", "center", "--invert", "--mask", "box:0,0,100%,100%"], 2, "hides nothing"),
+        (["--mask", "center", "--lossless", "--codec", "gif"], 2, "--lossless"),
+        (["--mask", "center", "--codec", "av1"], 2, "codec"),
+        (["--mask", "center", "--sampler", "euler"], 2, "sampler"),
+        (["--mask", "frames:0-8"], 2, "hidden whole"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
+    clip: Path, model: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, part: str
+) -> None:
+    assert render(clip, model, *arguments, "--out", "out") == code
+    message = capsys.readouterr().err.strip()
+    assert part in message
+    assert message.count("\n") == 0
+    assert not Path("out").exists()
+
+
+def test_missing_model_and_clip(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["render-inpaint", str(clip)]) == 2
+    assert "diffmae pretrain --video" in capsys.readouterr().err
+    assert render(Path("gone.mp4"), model, "--mask", "center") == 3
+    Path("text.mp4").write_text("hello")
+    assert render(Path("text.mp4"), model, "--mask", "center") == 3
+    Path("used").mkdir()
+    Path("used/file").touch()
+    assert render(clip, model, "--mask", "center", "--out", "used") == 2
+    assert sorted(path.name for path in Path("used").iterdir()) == ["file"]
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_makes_nothing(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert render(clip, model, "--mask", "center", "--dry-run") == 0
+    assert "25.0% hidden" in capsys.readouterr().out
+    assert not Path("runs").exists()
+
+
+def test_killed_and_continued_equals_uninterrupted(clip: Path, model: Path) -> None:
+    long = write_clip(Path("long.mkv"), 60)
+    common = ["--mask", "center", "--lossless", "--steps", "100"]
+    main = "from diffmae_video.cli.app import main; main()"
+    command = [sys.executable, "-c", main, "render-inpaint", str(long), "--checkpoint", str(model)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--stride", "1", *common], env=environment)
+    store = Path("runs/render-001/.work/windows")
+    while process.poll() is None and len(list(store.glob("*.npy"))) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("runs/render-001/inpainted.mkv").exists()
+    kept = len(list(store.glob("*.npy")))
+    assert kept >= 4
+    assert render(long, model, *common) == 0
+    result = json.loads(Path("runs/render-001/result.json").read_text())
+    assert result["windows_resumed"] == kept < result["windows"]
+    assert not list(Path("runs/render-001").glob(".*"))
+    assert render(long, model, *common, "--resume", "never", "--out", "whole") == 0
+    np.testing.assert_array_equal(pixels(Path("runs/render-001/inpainted.mkv")), pixels(Path("whole/inpainted.mkv")))
+
+
+@pytest.mark.slow
+def test_hostile_files_render_or_end_with_one_sentence(
+    shared_data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((shared_data / "hostile").rglob("*")):
+        if path.is_dir() or path.suffix in (".md", ".csv"):
+            continue
+        out = tmp_path / "out"
+        steps = ["--steps", "1", "--set", "render.window='whole'"]
+        code = render(path, model, "--mask", "box:25%,25%,50%,50%", "--out", str(out), *steps)
+        message = capsys.readouterr().err.strip()
+        if code == 0:
+            source = VideoSource(path)
+            frames = sum(1 for _ in source)
+            assert json.loads((out / "result.json").read_text())["frames"] == frames, path.name
+            if source.kind == "video":
+                with av.open(str(out / "inpainted.mp4")) as made:
+                    stream = made.streams.video[0]
+                    assert (stream.height, stream.width) == (source.height, source.width), path.name
+                    assert sum(1 for _ in made.decode(video=0)) == frames, path.name
+            for file in sorted(out.rglob("*"), reverse=True):
+                file.unlink()
+            out.rmdir()
+        else:
+            assert code in (2, 3), (path.name, code, message)
+            assert message.count("\n") == 0, (path.name, message)
+            assert not out.exists(), path.name

@@ -1,0 +1,139 @@
+"""Masks of a video, through the public function `build_mask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.masking import make_mask
+from diffmae_video.rendering.masks import Canvas, build_mask, list_images, masks_of_tensor
+
+CANVAS = Canvas(height=50, width=90, frames=40, fps=10.0, grid=(4, 5, 9), span=16, seed=3)
+
+
+def test_box_in_pixels_and_percent_hide_the_same() -> None:
+    mask = build_mask(["box:9,5,18,10"], CANVAS)(0)
+    expected = np.zeros((50, 90), dtype=bool)
+    expected[5:15, 9:27] = True
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(build_mask(["box:10%,10%,20%,20%"], CANVAS)(0), expected)
+
+
+@pytest.mark.parametrize(("span", "first", "last"), [("4-9", 4, 9), ("0.4s-1s", 4, 9), ("30", 30, 39), ("30-", 30, 39)])
+def test_box_span_in_frames_and_seconds(span: str, first: int, last: int) -> None:
+    mask = build_mask([f"box:0,0,10,10@{span}"], CANVAS)
+    assert [n for n in range(40) if mask(n).any()] == list(range(first, last + 1))
+
+
+def test_track_moves_linearly_between_key_frames() -> None:
+    mask = build_mask([], CANVAS, track="10:0,0,10,10;20:40,20,10,10")
+    assert not mask(9).any()
+    assert not mask(21).any()
+    for number, (left, top) in {10: (0, 0), 15: (20, 10), 20: (40, 20)}.items():
+        rows, columns = np.nonzero(mask(number))
+        assert (columns.min(), rows.min(), columns.max(), rows.max()) == (left, top, left + 9, top + 9)
+
+
+def test_generated_masks_lie_on_the_model_grid() -> None:
+    mask = build_mask(["random:0.75"], CANVAS)
+    for number in (0, 5, 15, 16, 39):
+        grid = make_mask("random", 0.75, CANVAS.grid, [CANVAS.seed + number // 16]).grid.view(CANVAS.grid)
+        expected = grid[number % 16 // 4].numpy().repeat(10, 0).repeat(10, 1)  # cells of 10 x 10 pixels, 4 frames
+        np.testing.assert_array_equal(mask(number), expected)
+
+
+def test_tube_hides_the_same_places_for_ever() -> None:
+    mask = build_mask(["tube:0.5"], CANVAS)
+    assert all(np.array_equal(mask(0), mask(n)) for n in range(40))
+
+
+def test_frames_and_future_hide_whole_frames() -> None:
+    assert [n for n in range(40) if build_mask(["frames:8-15"], CANVAS)(n).all()] == list(range(8, 16))
+    assert [n for n in range(40) if build_mask(["future:0.25"], CANVAS)(n).all()] == list(range(30, 40))
+
+
+def test_several_masks_unite_then_invert_then_dilate() -> None:
+    two = ["box:0,0,10,10", "box:40,20,10,10"]
+    united = build_mask(two, CANVAS)(0)
+    assert united.sum() == 200
+    np.testing.assert_array_equal(build_mask(two, CANVAS, invert=True)(0), ~united)
+    grown = build_mask(["box:40,20,10,10"], CANVAS, dilate=3)(0)
+    rows, columns = np.nonzero(grown)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (37, 52, 17, 32)
+
+
+def _draw(path: Path, box: tuple[int, int, int, int], size: tuple[int, int] = (90, 50)) -> None:
+    image = np.zeros((size[1], size[0]), dtype=np.uint8)
+    image[box[1] : box[3], box[0] : box[2]] = 255
+    Image.fromarray(image).save(path)
+
+
+def test_drawn_masks_for_all_frames_and_for_each(tmp_path: Path) -> None:
+    _draw(tmp_path / "one.png", (5, 6, 20, 30))
+    mask = build_mask([str(tmp_path / "one.png")], CANVAS)
+    assert mask(0).sum() == mask(39).sum() == 15 * 24
+    folder = tmp_path / "each"
+    folder.mkdir()
+    for n in range(40):
+        _draw(folder / f"{n}.png", (n, 0, n + 2, 50))
+    mask = build_mask([str(folder)], CANVAS)
+    assert all(np.array_equal(np.nonzero(mask(n))[1].min(), n) for n in range(40))  # 2.png before 10.png
+
+
+def test_list_images_orders_numbers_by_value(tmp_path: Path) -> None:
+    for name in ("10.png", "9.png", "b.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path)] == ["9.png", "10.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("nonsense", "no mask and no file"),
+        ("random:1.5", "between 0 and 1"),
+        ("random:x", "between 0 and 1"),
+        ("box:1,2,3", "x,y,width,height"),
+        ("box:80,0,20,10", "90x50 pixels"),
+        ("box:0,0,0,10", "90x50 pixels"),
+        ("box:0,0,9,9@50-60", "frames 0 to 39"),
+        ("box:0,0,9,9@1-x", "frame numbers"),
+        ("frames:8-50", "frames 0 to 39"),
+        ("frames:9-8", "frames 0 to 39"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_one_sentence(text: str, part: str) -> None:
+    with pytest.raises(UsageError, match=part) as caught:
+        build_mask([text], CANVAS)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"--mask {text}")
+
+
+@pytest.mark.parametrize("track", ["5:0,0,10,10", "5:0,0,10,10;5:1,1,10,10", "5:0,0,10,10;90:0,0,10,10", "oops"])
+def test_a_track_that_does_not_fit(track: str) -> None:
+    with pytest.raises(UsageError, match="--track"):
+        build_mask([], CANVAS, track=track)
+
+
+def test_drawn_masks_of_wrong_size_count_or_kind(tmp_path: Path) -> None:
+    _draw(tmp_path / "small.png", (0, 0, 5, 5), size=(30, 20))
+    with pytest.raises(UsageError, match="30x20 pixels for a clip of 90x50"):
+        build_mask([str(tmp_path / "small.png")], CANVAS)
+    folder = tmp_path / "few"
+    folder.mkdir()
+    _draw(folder / "0.png", (0, 0, 5, 5))
+    with pytest.raises(UsageError, match="1 pictures for a clip of 40 frames"):
+        build_mask([str(folder)], CANVAS)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png"):
+        build_mask([str(tmp_path / "text.png")], CANVAS)
+
+
+def test_tensor_masks_are_checked() -> None:
+    assert masks_of_tensor(torch.ones(4, 5, dtype=torch.bool), 3, (4, 5))(2).all()
+    with pytest.raises(ValueError, match="bool"):
+        masks_of_tensor(torch.ones(4, 6, dtype=torch.bool), 3, (4, 5))
