@@ -375,7 +375,9 @@ class DiffMAE(nn.Module):
         """Parameters that weight decay must not touch."""
         names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return names | {
-            name for name, _ in self.named_parameters() if "decoder.positions." in name or name.endswith("mask_token")
+            name
+            for name, _ in self.named_parameters()
+            if "decoder.positions." in name or name.endswith(("mask_token", "cls_token"))
         }
 
     @torch.jit.ignore
