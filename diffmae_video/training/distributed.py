@@ -173,7 +173,8 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error is shown once, by us
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the error is shown once, by us
     options: dict[str, Any] = {
         "min_nodes": 1,
         "max_nodes": 1,
