@@ -126,12 +126,14 @@ def index(
     ] = None,
 ) -> None:
     """Make a manifest for tars that something else wrote."""
+    from diffmae_video.data.shards import Manifest
     from diffmae_video.pipelines.console import say
     from diffmae_video.pipelines.index import index as make
     from diffmae_video.pipelines.workspace import Workspace
 
     result = make(shards, dataset=dataset, split=split)
-    Workspace.here().record("shards", shards, dataset=dataset or Path(shards).name)
+    manifest = Manifest.load(shards)
+    Workspace.here().record("shards", shards, dataset=manifest.dataset, media=manifest.kind)
     lost = ", ".join(f"{count} {reason}" for reason, count in result.rejected.items())
     say(f"Indexed {result.indexed} samples in {result.shards} shards{f'; rejected: {lost}' if lost else ''}.")
 

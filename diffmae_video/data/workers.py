@@ -17,6 +17,10 @@ from typing import Any
 from diffmae_video.data.transcode import TranscodeOptions, options_to_json, send
 
 
+COMMAND = [sys.executable, "-m", "diffmae_video.data.transcode"]
+"""What a worker runs."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one input: `data` and `meta`, or a `kind` of failure with its `error`."""
@@ -67,7 +71,7 @@ class Worker:
     def _start(self) -> None:
         environment = os.environ | {"DIFFMAE_WORKER_MEMORY": str(self.memory), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "diffmae_video.data.transcode"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -12,11 +12,10 @@ import psutil
 import pytest
 import torch
 
-from diffmae_video.config import Settings, SourceSettings, with_overrides
-from diffmae_video.data.joint import build_joint_stream
+from diffmae_video.config import Settings, with_overrides
 from diffmae_video.data.order import clip_seeds, epoch_order, label_subset
 from diffmae_video.data.shards import MANIFEST, Manifest, ShardInfo, TarShard, write_manifest
-from diffmae_video.data.stream import Batch, build_stream
+from diffmae_video.data.stream import build_stream
 from diffmae_video.errors import DataError, UsageError
 
 from .clips import make_video, read_number
@@ -304,41 +303,6 @@ def test_ten_million_samples(tmp_path: Path) -> None:
     assert int(length) == count
     assert float(seconds) < 60
     assert int(own) < 200  # MiB that the worker does not share with its parent
-
-
-# -- joint ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("images"), samples=10, kind="image")
-
-
-def joint(shards: Path, images: Path, workers: int = 0) -> Settings:
-    sources = [
-        SourceSettings(path=str(shards), weight=3, repeats=2).model_dump(),
-        SourceSettings(path=str(images), weight=1, batch_size=2, size=(48, 32)).model_dump(),
-    ]
-    return with_overrides(settings(shards, workers=workers), data={"sources": sources})
-
-
-def _trace(batches: list[Batch]) -> list[tuple[int, list[str], float]]:
-    return [(batch.source, batch.keys, batch.clips.double().mean().item()) for batch in batches]
-
-
-def test_joint_stream_mixes_by_weight_and_resumes(shards: Path, images: Path) -> None:
-    with build_joint_stream(joint(shards, images), split="train", batch_size=4, training=True) as stream:
-        whole = list(itertools.islice(stream, 40))
-    counts = np.bincount([batch.source for batch in whole])
-    assert 20 <= counts[0] <= 36
-    assert {tuple(b.clips.shape) for b in whole} == {(4, 2, 3, 32, 32), (2, 1, 3, 48, 32)}
-    with build_joint_stream(joint(shards, images), split="train", batch_size=4, training=True) as stream:
-        for _ in itertools.islice(stream, 17):
-            pass
-        state = json.loads(json.dumps(stream.state_dict()))
-    with build_joint_stream(joint(shards, images, 1), split="train", batch_size=4, training=True) as stream:
-        stream.load_state_dict(state)
-        assert _trace(list(itertools.islice(stream, 10))) == _trace(whole[17:27])
 
 
 def test_manifest_refuses_names_that_leave_the_folder(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Augmentation: one draw for all frames, from the clip's own generator, against torchvision's and timm's results."""
+
+from __future__ import annotations
+
+import diffmae_video.compat  # noqa: F401
+
+import pytest
+import torch
+
+from diffmae_video.config import DataSettings
+from diffmae_video.data.transforms import ClipTransform, MixVideo, RandAugment, build_transforms, parse_rand_augment
+from diffmae_video.errors import UsageError
+
+CLIP = torch.randint(0, 256, (4, 3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+STILL = CLIP[:1].expand(4, -1, -1, -1).contiguous()
+SETTINGS = {
+    "plain": {},
+    "multi_scale": {"crop": "multi_scale"},
+    "random": {"crop": "random"},
+    "jitter": {"color_jitter": 0.4},
+    "augment": {"rand_augment": "rand-m7-n4-mstd0.5-inc1"},
+    "erase": {"erasing": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_transform_depends_on_its_seed_alone_and_treats_frames_alike(name: str) -> None:
+    transform = build_transforms(DataSettings(**SETTINGS[name]), (32, 48), training=True)
+    torch.manual_seed(1)
+    first = transform(CLIP, 5)
+    torch.manual_seed(2)
+    assert torch.equal(first, transform(CLIP, 5))
+    assert first.shape == (4, 3, 32, 48)
+    assert first.dtype == torch.uint8
+    assert any(not torch.equal(first, transform(CLIP, seed)) for seed in (6, 7))
+    for seed in range(20):
+        out = transform(STILL, seed)
+        if name != "erase":  # noise differs from frame to frame, its box does not
+            assert torch.equal(out, out[:1].expand_as(out)), seed
+
+
+def test_boxes_stay_inside_and_cover_the_area_asked_for() -> None:
+    transform = ClipTransform((32, 32), crop="random_resized", area=(0.5, 1.0))
+    generator = torch.Generator().manual_seed(0)
+    areas = []
+    for _ in range(500):
+        left, top, width, height = transform.box(80, 60, generator)
+        assert 0 <= left <= 80 - width
+        assert 0 <= top <= 60 - height
+        assert 0.7 < width / height < 1.4
+        areas.append(width * height / 4800)
+    assert min(areas) > 0.48
+    assert sum(areas) / len(areas) == pytest.approx(0.7, abs=0.05)
+
+
+def test_center_crop_is_the_largest_box() -> None:
+    generator = torch.Generator()
+    assert build_transforms(DataSettings(), (32, 32), training=False).box(80, 60, generator) == (10, 0, 60, 60)
+    assert build_transforms(DataSettings(), (32, 64), training=False).box(80, 60, generator) == (0, 10, 80, 40)
+
+
+def test_flip_is_off_where_labels_are_directional() -> None:
+    data = DataSettings(crop="center", flip=1.0)
+    plain = build_transforms(data, (60, 60), training=True)(CLIP, 0)
+    kept = build_transforms(data, (60, 60), training=True, directional=True)(CLIP, 0)
+    assert torch.equal(plain, kept.flip(-1))
+
+
+def test_rand_augment_notation() -> None:
+    assert parse_rand_augment("rand-m7-n4-mstd0.5-inc1") == RandAugment(7.0, 4, 0.5)
+    for text in ("rand-m7-x3", "auto-m7", "rand-m7-inc0"):
+        with pytest.raises(UsageError, match="rand_augment"):
+            parse_rand_augment(text)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mix_video_targets_tell_the_pixels(mixup: float, cutmix: float) -> None:
+    """Clip b is the constant b, so that the share of each label can be read off the pixels."""
+    clips = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 3, 4, 40, 40)
+    mix = MixVideo(2, mixup, cutmix, smoothing=0.0)
+    for seed in range(30):
+        out, targets = mix(clips, torch.tensor([0, 1]), seed)
+        assert out[0].mean().item() == pytest.approx(targets[0, 1].item(), abs=1e-4)
+        assert out[1].mean().item() == pytest.approx(targets[1, 1].item(), abs=1e-4)
+        again, _ = mix(clips, torch.tensor([0, 1]), seed)
+        assert torch.equal(out, again)
+
+
+def test_mix_video_smooths_like_timm() -> None:
+    _, targets = MixVideo(5, 0.0, 0.0, smoothing=0.1)(torch.zeros(2, 3, 2, 8, 8), torch.tensor([1, 4]), 0)
+    assert targets[0].tolist() == pytest.approx([0.02, 0.92, 0.02, 0.02, 0.02])
