@@ -148,5 +148,5 @@ def frame_sheet(rows: Sequence[Tensor]) -> np.ndarray:
     stacked = torch.nn.functional.pad(stacked, (1, 1, 1, 1), value=255)
     batch, lines, count, channels, height, width = stacked.shape
     sheet = stacked.permute(0, 1, 4, 2, 5, 3).reshape(batch * lines * height, count * width, channels).numpy()
-    scale = max(1, 64 // height)
+    scale = max(1, 96 // height)
     return sheet.repeat(scale, 0).repeat(scale, 1)
