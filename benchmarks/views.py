@@ -22,27 +22,30 @@ from diffmae_video.evaluation.classify import ViewSettings, decode_views
 from diffmae_video.evaluation.views import crop_corner, parse_views, plan_views, scaled_size
 
 
-def once(data: bytes, settings: ViewSettings) -> torch.Tensor:
-    """All views (V, T, C, H, W) from one decode."""
+def once(data: bytes, settings: ViewSettings, out: torch.Tensor) -> torch.Tensor:
+    """All views from one decode, into `out` (V, T, C, H, W)."""
     video = decode_views(data, settings)
-    return torch.stack([video.view(index) for index in range(len(video.plan.views))])
+    for index in range(len(video.plan.views)):
+        video.view(index, out[index])
+    return out
 
 
-def seek(data: bytes, settings: ViewSettings, whole_span: bool = False) -> torch.Tensor:
+def seek(data: bytes, settings: ViewSettings, out: torch.Tensor, whole_span: bool = False) -> torch.Tensor:
     """The same views, each decoded by itself."""
     with Video(data) as video:
         info = video.info
     plan = plan_views(settings.protocols, info.frames, settings.frames, settings.stride)
     size = scaled_size(info.height, info.width, settings.size)
-    views = []
-    for view in plan.views:
+    for index, view in enumerate(plan.views):
         numbers = list(range(view.frames[0], view.frames[-1] + 1)) if whole_span else list(view.frames)
         with Video(data) as video:
             frames = video.clips([numbers], size=size)[0].frames
         rows = [numbers.index(number) for number in view.frames]
         top, left = crop_corner(*size, settings.size, view.place)
-        views.append(frames[rows][:, :, top : top + settings.size[0], left : left + settings.size[1]])
-    return torch.stack(views)
+        cropped = frames[:, :, top : top + settings.size[0], left : left + settings.size[1]]
+        for slot, row in enumerate(rows):
+            out[index, slot].copy_(cropped[row])
+    return out
 
 
 def main() -> None:
@@ -57,10 +60,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = ViewSettings(parse_views(options.views), options.frames, options.stride, (options.size, options.size))
+    count = sum(protocol.temporal * protocol.spatial for protocol in settings.protocols)
+    shape = (count, options.frames, 3, options.size, options.size)
+    memory = {name: torch.zeros(shape, dtype=torch.uint8) for name in ("once", "seek", "seek, all frames")}
     arms: dict[str, Callable[[bytes], torch.Tensor]] = {
-        "once": lambda data: once(data, settings),
-        "seek": lambda data: seek(data, settings),
-        "seek, all frames": lambda data: seek(data, settings, whole_span=True),
+        "once": lambda data: once(data, settings, memory["once"]),
+        "seek": lambda data: seek(data, settings, memory["seek"]),
+        "seek, all frames": lambda data: seek(data, settings, memory["seek, all frames"], whole_span=True),
     }
     print("| clip | once, CPU s | seek | seek, all frames | pixels equal |")
     print("|---|---|---|---|---|")

@@ -69,7 +69,8 @@ def predict(
         with torch.inference_mode():
             for start in range(0, len(video.plan.views), settings.evaluate.batch_views):
                 indices = range(start, min(start + settings.evaluate.batch_views, len(video.plan.views)))
-                rows.append(loaded.probabilities(torch.stack([video.view(i, loaded.device) for i in indices])).cpu())
+                batch = torch.stack([video.view(index) for index in indices]).to(loaded.device)
+                rows.append(loaded.probabilities(batch).cpu())
         mean = torch.cat(rows).double()[list(video.plan.members[0])].mean(dim=0)
         likely = torch.sort(mean, descending=True, stable=True).indices[:top].tolist()
         found.append(Prediction(path, tuple((loaded.classes[index], mean[index].item()) for index in likely)))

@@ -50,9 +50,9 @@ class DecodedVideo:
     frames: Tensor  # uint8 (U, C, h, w), in that order
     size: tuple[int, int]
 
-    def view(self, index: int, device: torch.device | str = "cpu") -> Tensor:
-        """View `index` of the plan, uint8 (T, C, H, W)."""
-        return cut_view(self.frames, self.needed, self.plan.views[index], self.size).to(device)
+    def view(self, index: int, out: Tensor | None = None) -> Tensor:
+        """View `index` of the plan, uint8 (T, C, H, W), written into `out` where given."""
+        return cut_view(self.frames, self.needed, self.plan.views[index], self.size, out)
 
 
 def decode_views(source: Source, settings: ViewSettings) -> DecodedVideo:
@@ -172,16 +172,18 @@ def run_pass(
         prefetch_factor=2 if mine and workers else None,
         worker_init_fn=_start_worker,
     )
+    view = dataset.settings
+    clips = torch.empty(batch_views, view.frames, 3, *view.size, dtype=torch.uint8)  # (B, T, C, H, W), used again
     names = [str(protocol) for protocol in dataset.settings.protocols]
     for block, videos in loader:
         decoded = [(sample, video) for sample, video in videos if isinstance(video, DecodedVideo)]
         views = [(video, index) for _, video in decoded for index in range(len(video.plan.views))]
-        rows = [
-            forward(
-                torch.stack([video.view(index, device) for video, index in views[start : start + batch_views]])
-            ).cpu()
-            for start in range(0, len(views), batch_views)
-        ]
+        rows = []
+        for start in range(0, len(views), batch_views):
+            part = views[start : start + batch_views]
+            for slot, (video, index) in enumerate(part):
+                video.view(index, clips[slot])
+            rows.append(forward(clips[: len(part)].to(device)).cpu())
         flat = torch.cat(rows) if rows else torch.zeros(0)
         results, start = {}, 0
         for sample, video in decoded:
