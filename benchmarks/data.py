@@ -1,6 +1,6 @@
 """Measure the data engine: decoding, reading, sharding, encoding settings, and flatness over many clips.
 
-    python benchmarks/data.py decode CLIPS...   # ms a clip: default shards and originals, against PyAV, OpenCV, torchcodec
+    python benchmarks/data.py decode CLIPS...   # ms a clip: shards and originals, against PyAV, OpenCV, torchcodec
     python benchmarks/data.py read CLIPS...     # samples without decoding, against cat and webdataset
     python benchmarks/data.py shard FOLDER      # clips/s, against the ffmpeg command doing the same
     python benchmarks/data.py encode CLIPS...   # bytes, PSNR and decode time of encoding settings

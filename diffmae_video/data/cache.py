@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ class ShardCache:
         self.folder = self.base / hashlib.sha256(manifest.hash.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ahead: threading.Thread | None = None
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._asked: set[int] = set()
 
     def fetch(self, shard: int) -> str:
         """Path of the local copy of a shard, downloaded if it is not there.
@@ -53,15 +56,21 @@ class ShardCache:
         return str(path)
 
     def prefetch(self, shards: list[int]) -> None:
-        """Download shards in the background, in order; the first failure ends it (the reader will meet it again)."""
-        if self._ahead is None or not self._ahead.is_alive():
-            self._ahead = threading.Thread(target=self._fetch_all, args=(shards,), daemon=True)
+        """Download shards in the background, in order; one that fails is left for the reader, who will say so."""
+        for shard in shards:
+            if shard not in self._asked:
+                self._asked.add(shard)
+                self._queue.put(shard)
+        if self._ahead is None:
+            self._ahead = threading.Thread(target=self._fetch_all, daemon=True)
             self._ahead.start()
 
-    def _fetch_all(self, shards: list[int]) -> None:
-        with contextlib.suppress(DataError, OSError):
-            for shard in shards:
+    def _fetch_all(self) -> None:
+        while True:
+            shard = self._queue.get()
+            with contextlib.suppress(DataError, OSError):
                 self.fetch(shard)
+            self._asked.discard(shard)
 
     def _download(self, url: str, path: Path, size: int, sha256: str) -> None:
         files, inner = filesystem(url)

@@ -22,6 +22,7 @@ from diffmae_video.config import DataSettings, Settings, SourceSettings
 from diffmae_video.data.datasets import is_directional
 from diffmae_video.data.decode import Video, open_image
 from diffmae_video.data.order import clip_seeds, epoch_order, label_subset, mix
+from diffmae_video.data.remote import is_remote
 from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
 from diffmae_video.data.transforms import ClipTransform, as_generator, build_transforms
 from diffmae_video.errors import DataError, UsageError
@@ -58,6 +59,7 @@ class _Request:
     samples: np.ndarray  # int64 (videos,)
     epochs: np.ndarray  # int64 (videos,)
     position: int
+    upcoming: tuple[int, ...] = ()  # remote shards that will be needed about one block of shards later
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class ClipStream:
         self._clips = _Clips(
             manifest, split, data, frames, repeats, training, seed, transform, number, self.directional
         )
+        self._remote = is_remote(manifest.root)
+        shards = len(np.unique(self._shards)) if self._remote else 1
+        self._block_samples = self.samples_per_epoch * min(data.shuffle_block, shards) // shards
         self.epoch, self.consumed = 0, 0
         self.bad: dict[str, int] = {}
         """Unreadable samples so far, by reason."""
@@ -228,7 +233,18 @@ class ClipStream:
             for epoch in np.unique(epochs):
                 samples[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
             if len(samples):
-                yield _Request(samples, epochs if self.training else epochs * 0, position)
+                yield _Request(samples, epochs if self.training else epochs * 0, position, self._upcoming(position))
+
+    def _upcoming(self, position: int) -> tuple[int, ...]:
+        """Shards of the samples that come one block of shards after `position`, in the order they come."""
+        if not self._remote:
+            return ()
+        ahead = position + self._block_samples
+        epoch, first = divmod(ahead, self.samples_per_epoch)
+        if not self.training and epoch:
+            return ()
+        samples = self._order(epoch)[first : first + self.videos * self.world]
+        return tuple(dict.fromkeys(self.manifest.samples(self.split).shard[samples].tolist()))
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.training:
@@ -335,6 +351,8 @@ class _Clips(Dataset):
     def _batch(self, request: _Request) -> Batch:
         if self.reader is None:
             self.reader = ShardReader(self.manifest, self.data.cache_dir, self.data.cache_gib)
+        if request.upcoming and self.reader.cache:
+            self.reader.cache.prefetch(list(request.upcoming))
         bad: dict[str, int] = {}
         clips: list[Tensor] = []
         samples: list[int] = []
