@@ -97,6 +97,10 @@ def evaluate(
     checkpoint: CheckpointOption = None,
     views: ViewsOption = None,
     data: DataOption = None,
+    masks: Annotated[
+        str | None,
+        typer.Option("--masks", envvar="DIFFMAE_MASKS", help="For inpaint: random:0.75,center,tube:0.9,frames,future."),
+    ] = None,
     override: SetOption = None,
     out: OutOption = None,
     seed: SeedOption = None,
@@ -115,6 +119,7 @@ def evaluate(
         evaluate_inpainting(
             checkpoint=checkpoint,
             data=data,
+            masks=masks,
             overrides=override or [],
             out=out,
             seed=seed,

@@ -310,6 +310,10 @@ class EvaluateSettings(Section):
     """Resamples of the confidence interval."""
     masks: tuple[str, ...] = ("random:0.75", "tube:0.75", "center")
     """Masks of the inpainting evaluation."""
+    clips: Positive = 64
+    """Clips of the split that the inpainting evaluation takes, evenly spread."""
+    samples: Positive = 4
+    """Samples per clip of the inpainting evaluation; their mean and the best of them are scored beside the first."""
 
 
 class RenderSettings(Section):

@@ -191,8 +191,8 @@ def _render(
     say(
         f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, {seconds:.3g} s. "
         f"Mask: {', '.join([*texts, *(['--track'] if track else [])])}, {share:.1%} hidden. "
-        f"Windows of {model.settings.frames} frames, stride {stride}, at {model.settings.size[1]}x{model.settings.size[0]}; "
-        f"{render.sampler}, {render.steps} steps."
+        f"Windows of {model.settings.frames} frames, stride {stride}, at "
+        f"{model.settings.size[1]}x{model.settings.size[0]}; {render.sampler}, {render.steps} steps."
     )
     if dry_run:
         return None
@@ -202,6 +202,8 @@ def _render(
     work = directory / WORK
     work.mkdir(parents=True, exist_ok=True)
     _write_atomic(work / "identity", identity.encode())
+    for stale in directory.glob(".*.tmp"):  # of a render that was killed
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     try:
         result = _run(source, inpainter, mask, texts, directory, work, settings, checkpoint, track)
     except (UsageError, DataError):
