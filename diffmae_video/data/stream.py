@@ -317,7 +317,8 @@ def _start_worker(number: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # timeout, Slurm and launchers signal the whole group: live on while the training process ends its step and saves
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 class _Clips(Dataset):

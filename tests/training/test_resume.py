@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -78,6 +79,18 @@ def test_signal_saves_and_leaves_with_75(runs, kill_at, tmp_path, number):
     assert runs.child(tmp_path / "run", before=kill_at(3, number)) == [75]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").exists()
     assert (tmp_path / "run" / "weights.safetensors").exists()
+
+
+def test_signal_to_the_whole_group_still_saves(runs, kill_at, tmp_path):
+    """timeout(1), Slurm and torchrun signal every process of the group, data workers too."""
+
+    def before(rank):
+        os.setpgid(0, 0)
+        os.kill = lambda pid, number: os.killpg(os.getpgrp(), number)
+        kill_at(3, signal.SIGTERM)(rank)
+
+    assert runs.child(tmp_path / "run", "data.workers=2", before=before) == [75]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").exists()
 
 
 def test_finished_run_is_left_alone(runs, tmp_path):
