@@ -127,6 +127,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, outputs)
         self.grad_checkpointing = False
         self.apply(initialize)
+        if self.noisy_embed is not None:  # noise must not drown the positions, by which masked tokens find visible ones
+            nn.init.xavier_uniform_(self.noisy_embed.weight, gain=0.1)
         for token in (self.mask_token, self.cls_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
