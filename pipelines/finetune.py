@@ -137,7 +137,7 @@ def _run(plan: FinetunePlan, device: str, out: Path | None, resume: str) -> Fine
             "recipe": plan.recipe,
             "init": plan.source or "scratch",
             "protocol": settings.finetune.protocol,
-            "frames": settings.model.frames,
+            "frames": 1 if manifest.kind == "image" else settings.model.frames,
             "size": list(settings.model.size),
             "stride": settings.data.stride,
         }

@@ -57,7 +57,8 @@ def predict(
         console.say(line)
     settings = loaded.settings
     protocols = parse_views(views or "1x1")[:1]
-    spec = ViewSettings(protocols, settings.model.frames, settings.data.stride, settings.model.size)
+    frames = 1 if loaded.info.get("frames") == 1 else settings.model.frames  # trained on images: one frame
+    spec = ViewSettings(protocols, frames, settings.data.stride, settings.model.size)
     found = []
     for path in clips:
         try:
