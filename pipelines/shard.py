@@ -163,7 +163,7 @@ def shard(
         raise DataError(f"A worker of the executor died ({error}); run again, finished shards are kept.") from error
     except BaseException:
         _stop.set()  # threads leave after their present clip
-        POOL.close(kill=True)
+        POOL.kill()
         raise
     finally:
         if own:
@@ -185,15 +185,18 @@ def run_job(job: Job) -> dict[str, Any]:
     rejected: list[dict[str, str]] = []
     folder = None if is_remote(job.out) else _parts(job.out)
     descriptor, temporary = tempfile.mkstemp(prefix=f"{job.name}.", suffix=".tmp", dir=folder)
+    sink = _Hashing(None)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            sink = _Hashing(file)
+            sink.file = file
             tar = TarShard(sink)
             for path, key, label, class_name, start, end in job.items:
                 if _stop.is_set():
                     raise CancelledError("interrupted")
                 span = (start, end) if start is not None and end is not None else None
                 outcome = worker.run(join(job.source, path), options, span)
+                if _stop.is_set():  # the worker was killed; its clip is not to blame
+                    raise CancelledError("interrupted")
                 if outcome.kind:
                     rejected.append({"path": path, "reason": outcome.kind, "detail": outcome.error})
                     continue
@@ -218,6 +221,7 @@ def run_job(job: Job) -> dict[str, Any]:
             ) from error
         raise
     finally:
+        sink.abandoned = True
         POOL.give(worker)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -231,8 +235,11 @@ class _Hashing:
 
     def __init__(self, file: Any):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.abandoned = False
 
     def write(self, data: bytes) -> int:
+        if self.abandoned:  # tarfile writes its end even when it is dropped half-way
+            return len(data)
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)

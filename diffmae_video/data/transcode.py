@@ -167,14 +167,15 @@ def _within(frames: Iterator[tuple[Any, float]], start: float, end: float) -> It
 
 def _resampled(frames: Iterator[tuple[Any, float]], rate: Fraction) -> Iterator[tuple[Any, float]]:
     """The frame shown at each tick of a constant rate."""
-    tick, held = 0, None
+    tick, held, shown, length = 0, None, 0.0, 0.0
     for frame, time in frames:
         while held is not None and tick / rate < time:
             yield held, float(tick / rate)
             tick += 1
-        held = frame
-    if held is not None:
+        held, shown, length = frame, time, time - shown
+    while held is not None and (tick == 0 or tick / rate < shown + length - 1e-6):  # the last lasts as the one before
         yield held, float(tick / rate)
+        tick += 1
 
 
 def _image(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:

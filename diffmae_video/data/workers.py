@@ -16,7 +16,6 @@ from typing import Any
 
 from diffmae_video.data.transcode import TranscodeOptions, options_to_json, send
 
-
 COMMAND = [sys.executable, "-m", "diffmae_video.data.transcode"]
 """What a worker runs."""
 
@@ -140,12 +139,19 @@ class WorkerPool:
         with self._lock:
             self._idle.append(worker)
 
-    def close(self, kill: bool = False) -> None:
-        """End all workers."""
+    def kill(self) -> None:
+        """Kill all children; whoever waits for one sees it end (closing its pipes here would leave him waiting)."""
+        with self._lock:
+            for worker in self._all:
+                if worker.process is not None:
+                    worker.process.kill()
+
+    def close(self) -> None:
+        """End all workers; none may be in use."""
         with self._lock:
             workers, self._idle, self._all = self._all, [], set()
         for worker in workers:
-            worker.close(kill)
+            worker.close()
 
 
 POOL = WorkerPool()

@@ -32,6 +32,8 @@ from diffmae_video.pipelines.verify import verify
 
 from ..data.clips import make_folders, make_video, read_number
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -152,7 +154,15 @@ def test_bad_requests_have_their_exit_codes(tmp_path: Path, capsys: pytest.Captu
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", ["transcode", "publish", "report", "manifest"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("transcode", marks=slow),
+        "publish",
+        pytest.param("report", marks=slow),
+        pytest.param("manifest", marks=slow),
+    ],
+)
 def test_kill_at_any_moment_and_rerun(source: Path, tmp_path: Path, moment: str) -> None:
     """A child kills itself (SIGKILL) at the third call of one step; the rerun equals an uninterrupted run."""
     arguments = {"samples_per_shard": 3, "workers": 1}
@@ -245,7 +255,9 @@ def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("deed", "kind"), [("crash", "crash"), ("hang", "timeout"), ("memory", "memory")])
+@pytest.mark.parametrize(
+    ("deed", "kind"), [("crash", "crash"), ("hang", "timeout"), pytest.param("memory", "memory", marks=slow)]
+)
 def test_a_bad_worker_costs_one_clip(source: Path, tmp_path: Path, saboteur: None, deed: str, kind: str) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(source, mixed)
@@ -295,6 +307,7 @@ def test_times_of_a_variable_rate_survive() -> None:
     assert read_clips(out, [list(range(24))])[0].pts.tolist() == pytest.approx([t / 1000 for t in times], abs=1e-3)
 
 
+@slow
 def test_copy_keeps_bytes(source: Path, tmp_path: Path) -> None:
     shard(source, tmp_path / "out", options=TranscodeOptions(copy=True))
     with ShardReader(Manifest.load(tmp_path / "out")) as reader:
@@ -379,6 +392,7 @@ def test_index_of_foreign_shards(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@slow
 def test_index_rebuilds_what_shard_wrote(source: Path, tmp_path: Path) -> None:
     shard(source, tmp_path / "out", samples_per_shard=5)
     before = Manifest.load(tmp_path / "out")
@@ -395,6 +409,7 @@ def test_index_rebuilds_what_shard_wrote(source: Path, tmp_path: Path) -> None:
 # -- many machines -------------------------------------------------------------------------------------------------
 
 
+@slow
 def test_any_executor(source: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         shard(source, tmp_path / "a", executor=pool, samples_per_shard=3)
@@ -413,7 +428,8 @@ def test_dask_with_a_worker_killed_midway(source: Path, tmp_path: Path) -> None:
 
         def kill_one() -> None:
             parts = tmp_path / "dask/.parts"
-            while not list(parts.glob("*.tar.json")):
+            deadline = time.monotonic() + 60
+            while not list(parts.glob("*.tar.json")) and time.monotonic() < deadline:
                 time.sleep(0.02)
             nanny = next(iter(cluster.workers.values()))
             os.kill(nanny.pid, signal.SIGKILL)

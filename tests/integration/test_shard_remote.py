@@ -66,6 +66,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Flaky]]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_shard_verify_and_stream_through_s3(bucket: tuple[str, Flaky], tmp_path: Path) -> None:
     url, application = bucket
     source = make_folders(tmp_path / "source")
