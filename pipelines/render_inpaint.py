@@ -186,7 +186,7 @@ def _render(
         source.height, source.width, source.frames, float(source.fps), inpainter.grid, inpainter.span, settings.seed
     )
     mask = build_mask(texts, canvas, track=track, dilate=dilate, invert=invert)
-    share = _survey(mask, source.frames, texts, track)
+    share, touched = _survey(mask, source.frames, texts, track)
     seconds = source.frames / float(source.fps)
     say(
         f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, {seconds:.3g} s. "
@@ -205,7 +205,7 @@ def _render(
     for stale in directory.glob(".*.tmp"):  # of a render that was killed
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     try:
-        result = _run(source, inpainter, mask, texts, directory, work, settings, checkpoint, track)
+        result = _run(source, inpainter, mask, texts, directory, work, settings, checkpoint, track, touched)
     except (UsageError, DataError):
         if fresh:
             shutil.rmtree(directory, ignore_errors=True)
@@ -229,6 +229,7 @@ def _run(
     settings: Settings,
     checkpoint: str,
     track: str | None,
+    touched: list[int],
 ) -> RenderResult:
     render, started = settings.render, time.monotonic()
     still = source.kind == "image"
@@ -236,7 +237,7 @@ def _run(
     inpainter.store = _Store(work / "windows")
     journey = _Journey(render.steps)
     inpainter.callback = journey.see
-    closeness, album = Closeness(), _Album(source.frames)
+    closeness, album = Closeness(), _Album(touched)
     hidden_pixels = 0
     labels = ["source", "masked", "MAE's one step", "result"]
     panels = Panels(labels, source.height, source.width)
@@ -310,18 +311,22 @@ def _stride(settings: Settings, source: VideoSource, model: DiffMAE) -> int:
     return max(1, min(stride, source.frames // model.settings.frames))
 
 
-def _survey(mask: FrameMask, frames: int, texts: list[str], track: str | None) -> float:
-    """Share of the clip that is hidden; refuses a mask that hides nothing or everything."""
+def _survey(mask: FrameMask, frames: int, texts: list[str], track: str | None) -> tuple[float, list[int]]:
+    """Share of the clip that is hidden, and the frames concerned; refuses a mask that hides nothing or everything."""
     total = hidden = 0
+    touched = []
     for number in range(frames):
         one = mask(number)
-        hidden, total = hidden + int(np.count_nonzero(one)), total + one.size
+        count = int(np.count_nonzero(one))
+        hidden, total = hidden + count, total + one.size
+        if count:
+            touched.append(number)
     name = ", ".join(texts) or f"--track {track}"
     if hidden == 0:
         raise UsageError(f"--mask {name} hides nothing of the clip; choose what to inpaint.")
     if hidden == total:
         raise UsageError(f"--mask {name} hides the whole clip; leave something visible to go by.")
-    return hidden / total
+    return hidden / total, touched
 
 
 def _identity(source: VideoSource, weights: str, settings: Settings, *rest: Any) -> str:
@@ -371,12 +376,11 @@ def _single(folder: Path) -> Path:
 
 
 class _Album:
-    """A few frames, evenly spread, for the sheet."""
+    """A few of the frames in which something is hidden, evenly spread, for the sheet."""
 
-    def __init__(self, frames: int) -> None:
-        self.numbers = sorted(
-            set(np.linspace(0, max(frames - 1, 0), min(SHEET_COLUMNS, frames)).round().astype(int).tolist())
-        )
+    def __init__(self, touched: list[int]) -> None:
+        places = np.linspace(0, len(touched) - 1, min(SHEET_COLUMNS, len(touched)))
+        self.numbers = {touched[place] for place in places.round().astype(int)}
         self.frames: list[Frame] = []
 
     def add(self, frame: Frame) -> None:

@@ -71,7 +71,12 @@ class VideoSource:
             self.kind = "image"
             return
         self.kind = "video"
-        self._open_video()
+        try:
+            self._open_video()
+        except DataError as error:
+            if str(self.path) in str(error):
+                raise
+            raise DataError(f"{self.path}: {error}") from error
 
     def _open_images(self, files: list[Path], rate: Fraction) -> None:
         if not files:
