@@ -167,7 +167,11 @@ def shard(
         raise
     finally:
         if own:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(pool, ThreadPoolExecutor):
+                pool.shutdown(wait=True, cancel_futures=True)
+            else:  # Dask's executor cancels what is left by itself
+                pool.shutdown(wait=False)
+                pool._client.close()
             POOL.close()
         _stop.clear()
     return _finish(out, name, info, listing, jobs, reports, record, begun)
