@@ -59,7 +59,7 @@ class Look:
     brightness: tuple[float, float] = (50.0, 70.0)
     """Darkest and brightest background, 0..255."""
     contrast: float = 100.0
-    """How much the object differs from the background, 0..255: the background, 0..255; brighter on dark ones, darker on bright ones."""
+    """How much the object differs from the background, 0..255: brighter on dark ones, darker on bright ones."""
     object_texture: float = 8.0
     """Standard deviation of the object's texture, 0..255."""
     pattern: float = 35.0
