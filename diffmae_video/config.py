@@ -427,14 +427,14 @@ def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple
     tables: dict[str, Any] = {}
     origin = f"recipe {recipe}"
     if recipe:
-        chain: list[Recipe] = []
+        chain: dict[str, Recipe] = {}  # by the name or path that was asked for
         name: str | None = recipe
         while name:
-            if any(name == seen.name for seen in chain):
+            if name in chain:
                 raise UsageError(f"Recipe {recipe} extends itself through {name}; break the circle.")
-            chain.append(read_recipe(name))
-            name = chain[-1].extends
-        for part in reversed(chain):
+            chain[name] = read_recipe(name)
+            name = chain[name].extends
+        for part in reversed(list(chain.values())):
             _merge(tables, part.tables)
             _merge(tables, part.stages.get(stage, {}))
     for text in overrides:
