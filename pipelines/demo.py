@@ -335,7 +335,7 @@ def _write_report(result: DemoResult, stages: _Stages, recipe: str, seed: int) -
         report.text("**This is the smoke recipe**: it proves that the chain runs; the figures mean nothing.")
     note = (
         f"PSNR: mean over {results['inpainting']['clips']} validation clips, each over its hidden pixels. One step "
-        "gives the blurred mean that PSNR favours; sampling gives one sharp answer."
+        "gives a mean of the possible answers, which PSNR favours; sampling gives one of them."
     )
     report.table("What the demo shows", ["figure", "of", "value (95% interval)"], _rows(result, stages), note)
     for number, part in enumerate(results["render"]["renders"], 1):
