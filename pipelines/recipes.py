@@ -6,30 +6,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffmae_video.config import Settings, Stage, load_settings, with_overrides
-from diffmae_video.errors import UsageError
 
 if TYPE_CHECKING:
     from diffmae_video.data.shards import Manifest
 
 
 def pick_device(name: str) -> str:
-    """Turn `auto` into the best device here; check that a named one is there.
+    """Kind of the device a name stands for: `cpu`, `cuda` or `mps`; `auto` is the fastest kind here.
 
     Raises:
         UsageError: the named device does not exist on this machine.
     """
-    import torch
+    from diffmae_video.training import distributed
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if name not in available:
-        raise UsageError(f"--device {name} is not one of auto, cpu, cuda, mps; choose one of them.")
-    if not available[name]:
-        raise UsageError(
-            f"--device {name} is not available on this machine; use --device auto or see `diffmae doctor`."
-        )
-    return name
+    return distributed.pick_device(name).type
 
 
 def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: str = "video") -> tuple[str, str]:

@@ -75,6 +75,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     Raises:
         UsageError: the device is not there.
     """
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name} is not one of auto, cpu, cuda, mps; choose one of them.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
