@@ -171,6 +171,7 @@ def test_kill_at_any_moment_and_rerun(source: Path, tmp_path: Path, moment: str)
     program = f"""
 import os, signal
 from diffmae_video.pipelines import shard as stage
+from diffmae_video.data.media import Limits
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.data.workers import Worker
 def dying(function, calls):
