@@ -200,6 +200,7 @@ stage.shard({str(source)!r}, {str(tmp_path / "killed")!r}, **{arguments!r})
 def test_ctrl_c_leaves_a_resumable_state(source: Path, tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from diffmae_video.data.workers import Worker\n"
         "real, calls = Worker.run, [0]\n"
         "def slow(self, *args, **kwargs):\n"
