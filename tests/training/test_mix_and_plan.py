@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffmae_video.config import load_settings, recipe_names
+from diffmae_video.config import load_settings
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.plan import make_plan, measure
 from diffmae_video.training.mix import next_source
@@ -47,9 +47,3 @@ def test_given_throughput_gives_the_hours():
     assert plan.hours == pytest.approx(100 * 36 / 2 / 3600)
     assert plan.data_gib == pytest.approx(3.6)
     assert plan.steps == 100
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_resolves_for_every_stage(name):
-    for stage in ("pretrain", "finetune", "evaluate", "render"):
-        load_settings(name, stage)
