@@ -55,7 +55,7 @@ class TeacherSettings(Section):
 
 
 class ModelSettings(Section):
-    """Encoder, decoder, objective and target (DESIGN of the paper: sections 3 and 4)."""
+    """Encoder, decoder, objective and target (paper, sections 3 and 4)."""
 
     preset: Literal["nano", "tiny", "small", "base", "large", "huge"] = "small"
     """Encoder size; `width`, `depth` and `heads` override single numbers of it."""
