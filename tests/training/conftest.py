@@ -75,7 +75,11 @@ class Runs:
             processes[-1].start()
         for process in processes:
             process.join(120)
-            assert process.exitcode is not None, "the child hangs"
+        hanging = [process for process in processes if process.exitcode is None]
+        for process in hanging:
+            process.kill()
+            process.join()
+        assert not hanging, "the child hangs"
         return [process.exitcode for process in processes]
 
     def _in_child(self, environment, rank, out, overrides, before, options) -> None:
