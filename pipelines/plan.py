@@ -47,7 +47,7 @@ def measure(settings: Settings) -> Cost:
 
     model_settings = settings.model.model_copy(update={"teacher": None})
     with torch.device("meta"):
-        model = DiffMAE(model_settings, settings.diffusion).train()
+        model = DiffMAE(model_settings, settings.diffusion).train().to("meta")  # the schedule is made on the CPU
     shape = grid_shape(model_settings.frames, *model_settings.size, model.tubelet, model.patch)
     mask = make_mask(settings.mask.kind, settings.mask.ratio, shape, [0])
     draw = model.draw([0], mask).to("meta")

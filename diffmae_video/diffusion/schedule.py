@@ -43,21 +43,21 @@ class Schedule:
         """
         if kind == "linear":
             scale = 1000 / timesteps
-            betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+            betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
         elif kind == "cosine":
-            time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            time = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
             power = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - power[1:] / power[:-1]
         else:
             raise ValueError(f"schedule {kind!r} is not one of linear, cosine")
-        return cls.from_betas(betas.clamp(max=0.999) ** rho, torch.arange(timesteps))
+        return cls.from_betas(betas.clamp(max=0.999) ** rho, torch.arange(timesteps, device="cpu"))
 
     @classmethod
     def from_betas(cls, betas: Tensor, timesteps: Tensor) -> Schedule:
         """Derive every table from the variances (S,) of successive steps."""
         betas = betas.double()
         alphas_bar = torch.cumprod(1 - betas, 0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        previous = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
         return cls(
             timesteps=timesteps,
             betas=betas,
@@ -84,7 +84,7 @@ class Schedule:
         else:
             kept = torch.linspace(0, len(self) - 1, steps, dtype=torch.float64).round().long()
         alphas_bar = self.alphas_bar[kept]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        previous = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
         return Schedule.from_betas(1 - alphas_bar / previous, self.timesteps[kept])
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
