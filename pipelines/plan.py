@@ -1,12 +1,14 @@
-"""What a pre-training would take, from shapes alone: `--dry-run` of pretrain."""
+"""What a training would take, from shapes alone: `--dry-run` of pretrain and finetune."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-from diffmae_video.config import Settings
+from diffmae_video.config import Settings, TrainSettings
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import grid_shape
@@ -29,7 +31,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A pre-training before it is run."""
+    """A training before it is run."""
 
     cost: Cost
     samples: int  # videos or images of the training split
@@ -42,9 +44,7 @@ class Plan:
 
 
 def measure(settings: Settings) -> Cost:
-    """Count parameters, FLOPs (torch.utils.flop_counter) and saved activations on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Cost of pre-training on one clip, on the meta device."""
     model_settings = settings.model.model_copy(update={"teacher": None})
     with torch.device("meta"):
         model = DiffMAE(model_settings, settings.diffusion).train().to("meta")  # the schedule is made on the CPU
@@ -53,6 +53,19 @@ def measure(settings: Settings) -> Cost:
     draw = model.draw([0], mask).to("meta")
     mask = mask.to("meta")
     clips = torch.empty(1, 3, model_settings.frames, *model_settings.size, device="meta")  # (B, C, T, H, W)
+    return measure_step(model, lambda: model(clips, mask, draw).loss, settings.train)
+
+
+def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSettings) -> Cost:
+    """Count parameters, FLOPs (torch.utils.flop_counter) and saved activations of one training step.
+
+    Args:
+        model: with an `encoder`; on the meta device nothing is computed.
+        loss: the forward pass on one clip.
+        train: precision and gradient checkpointing.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
     saved: dict[int, int] = {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
@@ -64,16 +77,16 @@ def measure(settings: Settings) -> Cost:
         return tensor
 
     kept: list[torch.Tensor] = []
-    half = settings.train.precision == "bf16"
+    half = train.precision == "bf16"
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        output = model(clips, mask, draw)
+        value = loss()
         forward = counter.get_total_flops()
-        output.loss.backward()
+        value.backward()
     activations = sum(saved.values()) * (0.6 if half else 1.0)  # matrix products keep bf16, norms and losses fp32
-    if settings.train.grad_checkpointing:
+    if train.grad_checkpointing:
         activations /= 6
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -92,6 +105,7 @@ def make_plan(
     world: int,
     device: torch.device,
     throughput: float | None = None,
+    cost: Cost | None = None,
 ) -> Plan:
     """Predict a run.
 
@@ -101,9 +115,10 @@ def make_plan(
         world: processes.
         device: of each process.
         throughput: clips a second over all processes, where it is known.
+        cost: of one clip; that of pre-training without it.
     """
     train = settings.train
-    cost = measure(settings)
+    cost = cost or measure(settings)
     clips = samples * settings.data.repeats
     steps = train.steps or max(1, round(train.epochs * clips / train.batch_size))
     shards = world if train.sharding == "fsdp" else 1
