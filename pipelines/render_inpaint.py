@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -20,18 +18,18 @@ from diffmae_video.config import Settings, load_settings, settings_toml, with_ov
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.weights import write_atomic
 from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.recipes import pick_device
+from diffmae_video.pipelines.render_resume import WORK, WindowFiles, identity, open_directory, render_directory
 from diffmae_video.pipelines.workspace import Workspace
+from diffmae_video.rendering.album import Album, Journey
 from diffmae_video.rendering.inpaint import Frame, Inpainter
 from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask
 from diffmae_video.rendering.report import Report
-from diffmae_video.rendering.sheet import Panels, colour_bar, contact_sheet, heat, spread
+from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.video import VideoSource, Writer, open_writer, write_png
-
-WORK = ".work"
-SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -58,29 +56,6 @@ class RenderResult:
     stride: int
     seed: int
     checkpoint: str
-
-
-class _Store:
-    """Finished windows on disk, so that an interrupted render continues; removed once the render is whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self, key: str) -> np.ndarray | None:
-        file = self.folder / f"{key}.npy"
-        if not file.is_file():
-            return None
-        try:
-            return np.load(file, allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            return None
-
-    def save(self, key: str, clips: np.ndarray) -> None:
-        file = self.folder / f"{key}.npy"
-        buffer = io.BytesIO()
-        np.save(buffer, clips, allow_pickle=False)
-        _write_atomic(file, buffer.getvalue())
 
 
 def render_inpaint(
@@ -196,21 +171,17 @@ def _render(
     )
     if dry_run:
         return None
-    identity = _identity(source, weights, settings, texts, track, dilate, invert, stride)
-    directory = _directory(out, identity, resume)
+    mark = identity(source, weights, settings, texts, track, dilate, invert, stride)
+    directory = render_directory(out, mark, resume)
     fresh = not directory.exists()
-    work = directory / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    _write_atomic(work / "identity", identity.encode())
-    for stale in directory.glob(".*.tmp"):  # of a render that was killed
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    inpainter.store = open_directory(directory, mark)
     try:
-        result = _run(source, inpainter, mask, texts, directory, work, settings, checkpoint, track, touched)
+        result = _run(source, inpainter, mask, texts, directory, settings, checkpoint, track, touched)
     except (UsageError, DataError):
         if fresh:
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    shutil.rmtree(work)
+    shutil.rmtree(directory / WORK)
     Workspace.here().record("render", directory, clip=str(source.path), mask=result.mask, checkpoint=checkpoint)
     say(
         f"Done in {format_seconds(result.seconds)}: {result.video}. Hidden region against the source: "
@@ -225,7 +196,6 @@ def _run(
     mask: FrameMask,
     texts: list[str],
     directory: Path,
-    work: Path,
     settings: Settings,
     checkpoint: str,
     track: str | None,
@@ -234,10 +204,8 @@ def _run(
     render, started = settings.render, time.monotonic()
     still = source.kind == "image"
     codec = ("png" if render.codec != "gif" else "gif") if still else render.codec
-    inpainter.store = _Store(work / "windows")
-    journey = _Journey(render.steps)
-    inpainter.callback = journey.see
-    closeness, album = Closeness(), _Album(touched)
+    journey = _journey(inpainter, render.steps, directory / WORK)
+    closeness, album = Closeness(), Album(touched)
     hidden_pixels = 0
     labels = ["source", "masked", "MAE's one step", "result"]
     panels = Panels(labels, source.height, source.width)
@@ -273,8 +241,8 @@ def _run(
     write_png(directory / "sheet.png", album.sheet(f"{source.path.name}, {', '.join(texts) or 'track'}"))
     if render.samples > 1:
         write_png(directory / "uncertainty.png", album.uncertainty(f"Spread of {render.samples} samples"))
-    if len(journey.pictures) > 1:
-        journey.write(directory, source)
+    if journey.whole:
+        journey.write(directory / "trajectory.mp4")
     result = RenderResult(
         directory=str(directory),
         video=str(outputs[0]),
@@ -294,10 +262,26 @@ def _run(
         checkpoint=checkpoint,
         **closeness.figures(),
     )
-    _write_atomic(directory / "config.toml", settings_toml(settings).encode())
+    write_atomic(directory / "config.toml", settings_toml(settings).encode())
     _report(result, settings, directory, still)
-    _write_atomic(directory / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
+    write_atomic(directory / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
+
+
+def _journey(inpainter: Inpainter, steps: int, work: Path) -> Journey:
+    """Follows the first window, or takes what an interrupted render has kept of it."""
+    journey, store = Journey(steps), WindowFiles(work)
+    kept = store.load("trajectory")
+    if kept is not None:
+        journey.states = list(kept)
+
+    def see(step: int, noisy: np.ndarray, x0: np.ndarray) -> None:
+        journey.see(step, noisy, x0)
+        if journey.whole:
+            store.save("trajectory", np.stack(journey.states))
+
+    inpainter.callback = see
+    return journey
 
 
 def _frames(source: VideoSource, mask: FrameMask) -> Iterator[Frame]:
@@ -329,42 +313,6 @@ def _survey(mask: FrameMask, frames: int, texts: list[str], track: str | None) -
     return hidden / total, touched
 
 
-def _identity(source: VideoSource, weights: str, settings: Settings, *rest: Any) -> str:
-    """What must be equal for finished windows to be used again."""
-    digest = hashlib.sha256()
-    files = [source.path] if source.path.is_file() else sorted(source.files)
-    texts = rest[0]
-    for text in texts:  # drawn masks may change under the same name
-        path = Path(text)
-        files += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
-    for file in files:
-        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
-    look = settings.render.model_dump(exclude={"codec", "crf", "mask"})  # these change no window
-    digest.update(json.dumps([weights, look, settings.seed, rest], default=str, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _directory(out: Path | None, identity: str, resume: str) -> Path:
-    """The folder of an interrupted render of the same thing, or a new one."""
-    workspace = Workspace.here()
-    if resume not in ("auto", "never"):
-        raise UsageError(f"--resume {resume}: a render knows auto and never; name its folder with --out.")
-    candidates = [out] if out is not None else sorted((workspace.folder / "runs").glob("render-*"), reverse=True)
-    for folder in candidates:
-        file = folder / WORK / "identity"
-        if file.is_file():
-            if resume == "auto" and file.read_text() == identity:
-                say(f"Continuing the interrupted render in {folder}.")
-                return folder
-            if out is not None and resume == "never":
-                shutil.rmtree(folder)  # it holds an unfinished render and nothing else
-            elif out is not None:
-                raise UsageError(
-                    f"--out {out} holds an interrupted render of something else; name another folder or --resume never."
-                )
-    return workspace.new_run_directory("render", out)
-
-
 def _single(folder: Path) -> Path:
     """A folder with one picture becomes the picture."""
     file = folder.with_suffix(".png")
@@ -373,78 +321,6 @@ def _single(folder: Path) -> Path:
         folder.rmdir()
         return file
     return folder
-
-
-class _Album:
-    """A few of the frames in which something is hidden, evenly spread, for the sheet."""
-
-    def __init__(self, touched: list[int]) -> None:
-        places = np.linspace(0, len(touched) - 1, min(SHEET_COLUMNS, len(touched)))
-        self.numbers = {touched[place] for place in places.round().astype(int)}
-        self.frames: list[Frame] = []
-
-    def add(self, frame: Frame) -> None:
-        if frame.number in self.numbers:
-            self.frames.append(frame)
-
-    def sheet(self, title: str) -> np.ndarray:
-        rows = [
-            ("source", [frame.source for frame in self.frames]),
-            ("masked", [frame.masked() for frame in self.frames]),
-            ("MAE's one step", [frame.one_step() for frame in self.frames]),
-            ("result", [frame.result() for frame in self.frames]),
-        ]
-        return contact_sheet(rows, [f"frame {frame.number}" for frame in self.frames], title)
-
-    def uncertainty(self, title: str) -> np.ndarray:
-        samples = len(next((frame.filled for frame in self.frames if frame.filled), [0]))
-        maps = [spread([frame.result(k) for k in range(samples)]) for frame in self.frames]
-        highest = max(max(float(np.percentile(one, 99.8)) for one in maps), 1.0)
-        rows = [("source", [frame.source for frame in self.frames])]
-        rows += [(f"sample {k + 1}", [frame.result(k) for frame in self.frames]) for k in range(min(samples, 3))]
-        rows += [("spread", [heat(one, highest) for one in maps])]
-        sheet = contact_sheet(rows, [f"frame {frame.number}" for frame in self.frames], title)
-        legend = colour_bar(sheet.shape[1], highest, "of 255, standard deviation")
-        return np.concatenate([sheet, legend], axis=0)
-
-
-class _Journey:
-    """How the first window takes shape: four frames of it at each denoising step."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.pictures: list[list[np.ndarray]] = []
-
-    def see(self, window: int, step: int, frames: list[Frame], x0: np.ndarray) -> None:
-        if window == 0 and step == len(self.pictures):
-            chosen = sorted(set(np.linspace(0, len(x0) - 1, 4).round().astype(int).tolist()))
-            self.pictures.append([x0[i] for i in chosen])
-
-    def write(self, directory: Path, source: VideoSource) -> None:
-        height, width = self.pictures[0][0].shape[:2]
-        movie: Writer | None = None
-        try:
-            for step, pictures in enumerate(self.pictures):
-                labels = [f"step {step + 1} of {len(self.pictures)}", *[""] * (len(pictures) - 1)]
-                panels = Panels(labels, height, width)
-                if movie is None:
-                    movie = _still_rate_writer(directory, panels.size)
-                movie.write(panels.compose(pictures), step)
-            for extra in range(10):  # rest on the result
-                movie.write(panels.compose(pictures), len(self.pictures) + extra)
-            movie.close()
-        except BaseException:
-            if movie is not None:
-                movie.abort()
-            raise
-
-
-def _still_rate_writer(directory: Path, size: tuple[int, int]) -> Writer:
-    from fractions import Fraction
-
-    from diffmae_video.rendering.video import VideoWriter
-
-    return VideoWriter(directory / "trajectory.mp4", size, Fraction(1, 10), Fraction(10))
 
 
 def _report(result: RenderResult, settings: Settings, directory: Path, still: bool) -> None:
@@ -471,15 +347,6 @@ def _report(result: RenderResult, settings: Settings, directory: Path, still: bo
         if (directory / name).is_file():
             report.image(title, directory / name)
     if (directory / "trajectory.mp4").is_file():
-        report.video("From the first step to the sample", directory / "trajectory.mp4")
+        report.video("From noise to the sample: state and prediction", directory / "trajectory.mp4")
     report.settings(settings_toml(settings))
     report.write(directory / "report.html")
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -232,6 +232,7 @@ class DiffMAE(nn.Module):
         clip_x0: bool = True,
         borrow_statistics: bool = False,
         callback: Callable[[int, int, Tensor], None] | None = None,
+        noisy_callback: Callable[[int, int, Tensor], None] | None = None,
     ) -> Tensor:
         """Fill the masked patches of clips; visible (and known) pixels come back bit for bit.
 
@@ -247,6 +248,8 @@ class DiffMAE(nn.Module):
             clip_x0: keep each prediction within black and white.
             borrow_statistics: let a `norm_pixel` model take mean and deviation of each hidden patch from the clip.
             callback: called with (step, timestep, clips (B * samples, C, T, H, W)) after each prediction of x_0.
+            noisy_callback: the same for the noisy state x_t that the prediction was made from; noise goes beyond black
+                and white.
 
         Returns:
             (B, C, T, H, W), or (B, samples, C, T, H, W) for several samples.
@@ -298,7 +301,12 @@ class DiffMAE(nn.Module):
                 callback(0, last, clip_of(x0))
         else:
             options = {"eta": eta} if sampler == "ddim" else {}
-            show = (lambda step, timestep, x, x0: callback(step, timestep, clip_of(x0))) if callback else None
+
+            def show(step: int, timestep: int, x: Tensor, x0: Tensor) -> None:
+                for see, state in ((callback, x0), (noisy_callback, x)):
+                    if see:
+                        see(step, timestep, clip_of(state))
+
             x0 = SAMPLERS[sampler](denoise, x, self.schedule, steps, generators, show, **options)
         filled = clip_of(x0)
         return filled if samples == 1 else filled.unflatten(0, (-1, samples))

@@ -23,7 +23,7 @@ from diffmae_video.masking import Mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask, masks_of_tensor
-from diffmae_video.rendering.windows import Window, enlarge, paste, place_windows, shrink, to_cells
+from diffmae_video.rendering.windows import Window, certain, enlarge, paste, place_windows, shrink, to_cells
 
 
 class WindowStore(Protocol):
@@ -60,8 +60,8 @@ class Frame:
         return shown
 
 
-Callback = Callable[[int, int, list[Frame], np.ndarray], None]
-"""(window, step, frames of the window's first clip, x_0 uint8 (T, h, w, 3) at the model's size)."""
+Callback = Callable[[int, np.ndarray, np.ndarray], None]
+"""(step, noisy state x_t, prediction x_0), both uint8 (T, h, w, 3): a window's first clip at the model's size."""
 
 
 class Inpainter:
@@ -73,7 +73,7 @@ class Inpainter:
         stride: source frames between the frames of a clip.
         seed: of the noise.
         store: keeps finished windows, for `--resume`.
-        callback: sees each denoising step of sample 0.
+        callback: sees each denoising step of the first window's first clip (sample 0).
     """
 
     def __init__(
@@ -221,17 +221,11 @@ class Inpainter:
         ]
         inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)
-        first: list[np.ndarray] = []
-
-        def watch(step: int, timestep: int, x0: Tensor) -> None:
-            if step == 0:
-                first.append(self._to_pixels(x0))
-            if self.callback is not None and lane == 0:
-                self.callback(self.windows, step, clips[0], self._to_pixels(x0[:1])[0])
-
-        device_type = self.device.type
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device_type == "cuda")
-        with torch.inference_mode(), torch.autocast(device_type, torch.bfloat16) if bf16 else nullcontext():
+        known = self._known(clips, window, cells)
+        watcher = _Watcher(self._to_pixels, self.callback if self.windows == 0 else None)
+        self.callback = None  # it has seen, or missed, the first clips
+        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             output = self.model.sample(
                 normalize_pixels(inputs.to(self.device), self.model.settings.pixel_norm),
                 mask,
@@ -239,13 +233,40 @@ class Inpainter:
                 sampler=settings.sampler,
                 steps=settings.steps,
                 eta=settings.eta,
-                callback=watch,
+                known=None if known is None else torch.from_numpy(known).unsqueeze(1).to(self.device),
+                callback=watcher.prediction,
+                noisy_callback=watcher.noisy if watcher.callback else None,
             )
-        return np.stack([self._to_pixels(output), first[0]], axis=1)
+        return np.stack([self._to_pixels(output), watcher.first], axis=1)
+
+    def _known(self, clips: list[list[Frame]], window: Window, cells: np.ndarray) -> np.ndarray | None:
+        """Pixels inside masked patches of which nothing is hidden, bool (B, T, h, w); None where there are none."""
+        seen = np.stack([[certain(window.of(frame.open), self.size) for frame in clip] for clip in clips])
+        patch = self.model.settings.patch
+        masked = cells.repeat(self.tubelet, 1).repeat(patch, 2).repeat(patch, 3)  # bool (B, T, h, w)
+        known = seen & masked
+        return known if known.any() else None
 
     def _to_pixels(self, clips: Tensor) -> np.ndarray:
         pixels = denormalize_pixels(clips.float(), self.model.settings.pixel_norm)  # (B, T, C, H, W)
         return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+class _Watcher:
+    """Keeps the first prediction of a batch, and shows every step of its first clip to a callback."""
+
+    def __init__(self, to_pixels: Callable[[Tensor], np.ndarray], callback: Callback | None) -> None:
+        self.to_pixels, self.callback = to_pixels, callback
+        self.first = self.last_x0 = np.zeros(0)
+
+    def prediction(self, step: int, timestep: int, x0: Tensor) -> None:
+        if step == 0:
+            self.first = self.to_pixels(x0)
+        if self.callback is not None:
+            self.last_x0 = self.to_pixels(x0[:1])[0]
+
+    def noisy(self, step: int, timestep: int, noisy: Tensor) -> None:
+        self.callback(step, self.to_pixels(noisy[:1])[0], self.last_x0)
 
 
 def _drop(buffer: list[Frame], emitted: int, keep: int) -> tuple[list[Frame], int]:

@@ -140,6 +140,13 @@ def shrink(rgb: np.ndarray, hidden: np.ndarray, size: tuple[int, int]) -> np.nda
     return np.where(weight[..., None] > 1e-6, mean + 0.5, 0).clip(0, 255).astype(np.uint8)
 
 
+def certain(hidden: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which pixels of `shrink`'s result cover nothing hidden: bool (h, w)."""
+    if hidden.shape == size:
+        return ~hidden
+    return _resize((~hidden).astype(np.float32), size) > 1 - 1e-4
+
+
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     shrinks = size[0] < image.shape[0] or size[1] < image.shape[1]
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -185,6 +185,7 @@ def test_killed_and_continued_equals_uninterrupted(clip: Path, model: Path) -> N
     result = json.loads(Path("runs/render-001/result.json").read_text())
     assert result["windows_resumed"] == kept < result["windows"]
     assert not list(Path("runs/render-001").glob(".*"))
+    assert VideoSource("runs/render-001/trajectory.mp4").frames > 60  # kept from before the kill
     assert render(long, model, *common, "--resume", "never", "--out", "whole") == 0
     np.testing.assert_array_equal(pixels(Path("runs/render-001/inpainted.mkv")), pixels(Path("whole/inpainted.mkv")))
 

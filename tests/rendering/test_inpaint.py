@@ -165,6 +165,55 @@ def test_a_gap_is_seen_from_both_sides(model: DiffMAE) -> None:
     assert sum(seen[0]) == 1
 
 
+def test_visible_pixels_inside_a_masked_patch_guide_the_result(model: DiffMAE) -> None:
+    """A hole smaller than a patch: what the rest of that patch shows is known to every step, and to nothing else."""
+    hidden = torch.zeros(4, 16, 16, dtype=torch.bool)
+    hidden[:, 5:7, 5:7] = True  # inside the patch of rows and columns 4 to 7
+    clip, other = video(4, 16, 16), video(4, 16, 16)
+    other[:, :, 4, 4:8] = 255 - other[:, :, 4, 4:8]
+    settings = RenderSettings(steps=4, feather=0)
+    results = [inpaint(model, one, hidden, settings=settings) for one in (clip, other)]
+    where = hidden.unsqueeze(1).expand_as(clip)
+    assert not torch.equal(results[0][where], results[1][where])
+    given = []
+    sample = model.sample
+
+    def spy(clips: torch.Tensor, mask, known: torch.Tensor | None = None, **options):
+        given.append(known)
+        return sample(clips, mask, known=known, **options)
+
+    model.sample = spy
+    try:
+        inpaint(model, clip, hidden, settings=settings)
+        inpaint(model, clip, "random:0.5", settings=settings)
+    finally:
+        del model.sample
+    patch = torch.zeros(4, 16, 16, dtype=torch.bool)
+    patch[:, 4:8, 4:8] = True
+    assert torch.equal(given[0][0, 0], patch & ~hidden)
+    assert given[1] is None  # hides whole patches
+
+
+def test_the_callback_sees_noise_become_the_sample(model: DiffMAE) -> None:
+    seen: list[tuple[int, np.ndarray, np.ndarray]] = []
+    clip, mask = video(12, 16, 16), torch.zeros(12, 16, 16, dtype=torch.bool)
+    mask[:, 4:12, 4:12] = True
+    settings = RenderSettings(steps=20, feather=0, samples=2)
+    inpainter = Inpainter(model, settings, callback=lambda *state: seen.append(state))
+    frames = list(inpainter.stream(frames_of(clip, mask)))
+    assert [step for step, _, _ in seen] == list(range(20))  # of one window and one sample only
+    hidden = mask[:4].numpy()
+    source = clip[:4].permute(0, 2, 3, 1).numpy()
+    sample = np.stack([frame.result() for frame in frames[:4]])
+    np.testing.assert_array_equal(seen[-1][2], sample)
+    for _, noisy, x0 in seen:
+        np.testing.assert_array_equal(noisy[~hidden], source[~hidden])
+        np.testing.assert_array_equal(x0[~hidden], source[~hidden])
+    away = [float(np.abs(noisy[hidden].astype(float) - sample[hidden]).mean()) for _, noisy, _ in seen]
+    assert away[0] > 60
+    assert away[-1] < away[0] / 2
+
+
 def test_nothing_visible_to_go_by_is_one_sentence(model: DiffMAE) -> None:
     with pytest.raises(UsageError, match="hidden whole"):
         inpaint(model, video(8), torch.ones(8, 40, 60, dtype=torch.bool), settings=FAST)
