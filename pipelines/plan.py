@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from diffmae_video.config import Settings, TrainSettings
+from diffmae_video.config import Settings
 from diffmae_video.masking import make_mask
-from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.diffmae import DiffMAE, Draw
 from diffmae_video.models.patches import grid_shape
 from diffmae_video.pipelines import console
+from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
 from diffmae_video.training.hardware import peak_flops
 
 ASSUMED_UTILIZATION = 0.4  # of peak; what a plain ViT reaches with SDPA in bf16
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Size of a model and of one training step of one clip."""
-
-    parameters: int
-    encoder_parameters: int
-    forward_flops: float  # a clip
-    train_flops: float  # a clip, forward and backward
-    activation_bytes: float  # a clip, kept for the backward pass
-
-
-@dataclass(frozen=True)
 class Plan:
     """A training before it is run."""
 
-    cost: Cost
+    cost: Footprint
     samples: int  # videos or images of the training split
     clips_per_epoch: int
     steps: int
@@ -43,58 +32,24 @@ class Plan:
     basis: str  # where the hours come from
 
 
-def measure(settings: Settings) -> Cost:
-    """Cost of pre-training on one clip, on the meta device."""
+def measure(settings: Settings, clips: int = 1) -> Footprint:
+    """Cost of a pre-training step with `clips` clips in a micro-batch (without a teacher)."""
     model_settings = settings.model.model_copy(update={"teacher": None})
-    with torch.device("meta"):
-        model = DiffMAE(model_settings, settings.diffusion).train().to("meta")  # the schedule is made on the CPU
-    shape = grid_shape(model_settings.frames, *model_settings.size, model.tubelet, model.patch)
+    frames, tubelet, patch = model_settings.frames, model_settings.tubelet, model_settings.patch
+    shape = grid_shape(frames, *model_settings.size, tubelet, patch)
     mask = make_mask(settings.mask.kind, settings.mask.ratio, shape, [0])
-    draw = model.draw([0], mask).to("meta")
-    mask = mask.to("meta")
-    clips = torch.empty(1, 3, model_settings.frames, *model_settings.size, device="meta")  # (B, C, T, H, W)
-    return measure_step(model, lambda: model(clips, mask, draw).loss, settings.train)
-
-
-def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSettings) -> Cost:
-    """Count parameters, FLOPs (torch.utils.flop_counter) and saved activations of one training step.
-
-    Args:
-        model: with an `encoder`; on the meta device nothing is computed.
-        loss: the forward pass on one clip.
-        train: precision and gradient checkpointing.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    saved: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(tensor)  # alive, so that no other storage takes its address
-        return tensor
-
-    kept: list[torch.Tensor] = []
-    half = train.precision == "bf16"
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        value = loss()
-        forward = counter.get_total_flops()
-        value.backward()
-    activations = sum(saved.values()) * (0.6 if half else 1.0)  # matrix products keep bf16, norms and losses fp32
-    if train.grad_checkpointing:
-        activations /= 6
-    return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        encoder_parameters=sum(parameter.numel() for parameter in model.encoder.parameters()),
-        forward_flops=forward,
-        train_flops=counter.get_total_flops(),
-        activation_bytes=activations,
-    )
+    hidden = math.prod(shape) if model_settings.objective == "ddpm" else mask.masked.shape[1]
+    kept = math.ceil(hidden * model_settings.loss_tokens)
+    with shapes_only():
+        model = DiffMAE(model_settings, settings.diffusion).train()
+        pixels = torch.empty(clips, 3, frames, *model_settings.size)  # (B, C, T, H, W)
+        masks = mask.repeat_interleave(clips)
+        draw = Draw(
+            timestep=torch.zeros(clips, dtype=torch.long),
+            noise=torch.empty(clips, 0 if model_settings.objective == "mae" else kept, model.patch_values),
+            keep=torch.zeros(clips, kept, dtype=torch.long) if kept < hidden else None,
+        )
+        return measure_step(model, lambda: model(pixels, masks, draw).loss, settings.train, clips)
 
 
 def make_plan(
@@ -105,7 +60,7 @@ def make_plan(
     world: int,
     device: torch.device,
     throughput: float | None = None,
-    cost: Cost | None = None,
+    cost: Footprint | None = None,
 ) -> Plan:
     """Predict a run.
 
@@ -115,16 +70,13 @@ def make_plan(
         world: processes.
         device: of each process.
         throughput: clips a second over all processes, where it is known.
-        cost: of one clip; that of pre-training without it.
+        cost: of a step; that of pre-training without it.
     """
     train = settings.train
-    cost = cost or measure(settings)
+    micro = max(1, train.batch_size // (world * train.accumulate))
+    cost = cost or measure(settings, micro)
     clips = samples * settings.data.repeats
     steps = train.steps or max(1, round(train.epochs * clips / train.batch_size))
-    shards = world if train.sharding == "fsdp" else 1
-    states = 4 + (1 if train.ema else 0)  # weight, gradient, two moments, average
-    micro = train.batch_size / (world * train.accumulate)
-    memory = (cost.parameters * 4 * states / shards + micro * cost.activation_bytes) / 2**30
     if throughput:
         rate, basis = throughput, f"{throughput:g} clips/s as given"
     else:
@@ -137,7 +89,7 @@ def make_plan(
         samples=samples,
         clips_per_epoch=clips,
         steps=steps,
-        memory_gib=memory,
+        memory_gib=cost.memory(world if train.sharding == "fsdp" else 1) / 2**30,
         data_gib=passes * data_bytes / 2**30,
         hours=steps * train.batch_size / rate / 3600,
         basis=basis,
@@ -153,7 +105,7 @@ def print_plan(plan: Plan, world: int) -> None:
         ("FLOPs a clip, training", f"{cost.train_flops / 1e9:.1f} G"),
         ("samples", f"{plan.samples} ({plan.clips_per_epoch} clips an epoch)"),
         ("steps", str(plan.steps)),
-        ("memory a process", f"{plan.memory_gib:.2f} GiB (estimate)"),
+        ("memory a process", f"{plan.memory_gib:.2f} GiB (tensors, allocator; without data workers)"),
         ("data read", f"{plan.data_gib:.2f} GiB"),
         ("time", f"{console.format_seconds(plan.hours * 3600)} ({plan.basis})"),
         ("device hours", f"{plan.hours * world:.2f}"),

@@ -163,9 +163,14 @@ def run_rank(
             progress=console.progress,
             report=write_run_report,
             say=console.say if processes.main else lambda text: None,
-            flops_per_clip=measure(settings).train_flops if processes.main else None,
+            flops_per_clip=_useful_flops(settings) if processes.main else None,
             profile=profile,
         )
+
+
+def _useful_flops(settings: Settings) -> float:
+    """FLOPs of a clip for `mfu`: what checkpointing computes a second time is not counted."""
+    return measure(with_overrides(settings, train={"grad_checkpointing": False})).train_flops
 
 
 def open_stream(settings: Settings, rank: int, world: int) -> Any:
