@@ -1,0 +1,53 @@
+"""Settings of every stage (`settings`) and how recipes make them (`recipes`). Import them from here."""
+
+from diffmae_video.config.recipes import (
+    Recipe,
+    load_settings,
+    override_settings,
+    read_recipe,
+    read_settings,
+    recipe_names,
+    setting_keys,
+    settings_toml,
+    validate_settings,
+    with_overrides,
+)
+from diffmae_video.config.settings import (
+    DataSettings,
+    DiffusionSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    MaskSettings,
+    ModelSettings,
+    RenderSettings,
+    Settings,
+    SourceSettings,
+    Stage,
+    TeacherSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "DataSettings",
+    "DiffusionSettings",
+    "EvaluateSettings",
+    "FinetuneSettings",
+    "MaskSettings",
+    "ModelSettings",
+    "Recipe",
+    "RenderSettings",
+    "Settings",
+    "SourceSettings",
+    "Stage",
+    "TeacherSettings",
+    "TrainSettings",
+    "load_settings",
+    "override_settings",
+    "read_recipe",
+    "read_settings",
+    "recipe_names",
+    "setting_keys",
+    "settings_toml",
+    "validate_settings",
+    "with_overrides",
+]
