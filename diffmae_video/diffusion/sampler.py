@@ -1,8 +1,9 @@
 """Samplers as free functions over a denoiser, in the manner of k-diffusion.
 
 Every sampler takes `denoise(x_t (B, ...), timestep (B,)) -> x_0 (B, ...)`, pure noise x_T, the training schedule and a
-number of steps, and returns x_0. Coefficients are computed in float64 and applied in the type of x_T. The callback
-sees (step, timestep, x_t, x_0) after each prediction; the x_0 of step 0 is the masked autoencoder's answer.
+number of steps, placed as `spacing` says (see `Schedule.respace`), and returns x_0. Coefficients are float64, and are
+applied in the type of x_T. The callback sees (step, timestep, x_t, x_0) after each prediction; the x_0 of step 0 is the
+masked autoencoder's answer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def ddpm(
     steps: int,
     generator: Generators = None,
     callback: Callback | None = None,
+    spacing: str = "angle",
     variance: str = "posterior",
 ) -> Tensor:
     """Ancestral sampling (DDPM, algorithm 2), on `steps` respaced timesteps; no noise at the last one.
@@ -44,7 +46,7 @@ def ddpm(
     Args:
         variance: `posterior` (fixed small) or `beta` (fixed large).
     """
-    kept = schedule.respace(steps)
+    kept = schedule.respace(steps, spacing)
     table = {"posterior": kept.posterior_variance, "beta": kept.betas}[variance]
     x = x_T
     for step, i in enumerate(range(steps - 1, -1, -1)):
@@ -65,10 +67,11 @@ def ddim(
     steps: int,
     generator: Generators = None,
     callback: Callback | None = None,
+    spacing: str = "angle",
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12): deterministic at eta = 0, with the posterior's variance at eta = 1."""
-    kept = schedule.respace(steps)
+    kept = schedule.respace(steps, spacing)
     x = x_T
     for step, i in enumerate(range(steps - 1, -1, -1)):
         timestep = int(kept.timesteps[i])
@@ -91,9 +94,10 @@ def dpm_solver_pp_2m(
     steps: int,
     generator: Generators = None,
     callback: Callback | None = None,
+    spacing: str = "angle",
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order in the log signal-to-noise ratio, no noise."""
-    kept = schedule.respace(steps)
+    kept = schedule.respace(steps, spacing)
     alphas, sigmas = kept.alphas_bar.sqrt().tolist(), kept.sigmas.tolist()
     x, last_x0, last_h = x_T, None, 0.0
     for step, i in enumerate(range(steps - 1, -1, -1)):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SPACINGS = ("angle", "even")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -55,8 +57,10 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor, timesteps: Tensor) -> Schedule:
         """Derive every table from the variances (S,) of successive steps."""
-        betas = betas.double()
-        alphas_bar = torch.cumprod(1 - betas, 0)
+        return cls._derive(betas.double(), torch.cumprod(1 - betas.double(), 0), timesteps)
+
+    @classmethod
+    def _derive(cls, betas: Tensor, alphas_bar: Tensor, timesteps: Tensor) -> Schedule:
         previous = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
         return cls(
             timesteps=timesteps,
@@ -71,21 +75,39 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def respace(self, steps: int) -> Schedule:
-        """The same process seen at `steps` evenly spread timesteps, the first and the last among them.
+    def respace(self, steps: int, spacing: str = "angle") -> Schedule:
+        """The same process seen at `steps` of its timesteps, the first and the last among them.
 
         Betas are recomputed from the alpha_bar kept, so that marginals do not change (Improved DDPM, section 4). One
         step alone is the last timestep: pure noise to a clean sample at once, which is what a masked autoencoder does.
+
+        Args:
+            steps: 1 to the length of the schedule; all of them is the schedule itself.
+            spacing: `angle` spreads the steps evenly in arccos(sqrt(alpha_bar)), the angle by which x_t has turned
+                from x_0 towards noise; `even` spreads them evenly over the timesteps. With rho < 1 most timesteps are
+                next to pure noise (half of them at rho = 0.8), and `even` spends most steps where nothing happens.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps = {steps} is not in 1..{len(self)}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
+        last = len(self) - 1
         if steps == 1:
-            kept = torch.tensor([len(self) - 1])
+            kept = torch.tensor([last])
+        elif spacing == "even":
+            kept = torch.linspace(0, last, steps, dtype=torch.float64).round().long()
         else:
-            kept = torch.linspace(0, len(self) - 1, steps, dtype=torch.float64).round().long()
+            angle = torch.atan2(self.sigmas, self.alphas_bar.sqrt())  # (S,), 0 to pi / 2
+            wanted = torch.linspace(float(angle[0]), float(angle[last]), steps, dtype=torch.float64)
+            kept = (angle - wanted[:, None]).abs().argmin(1)  # (steps,)
+            kept[-1] = last  # the first of several that are all noise to the last digit otherwise
+            order = torch.arange(steps)
+            kept = (kept - order).cummax(0).values + order  # each later than the one before it,
+            kept = torch.minimum(kept, last - (steps - 1 - order))  # with room for those that follow
         alphas_bar = self.alphas_bar[kept]
         previous = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
-        return Schedule.from_betas(1 - alphas_bar / previous, self.timesteps[kept])
+        # not their product again: 1 - beta loses what is left of the signal after a long step
+        return Schedule._derive(1 - alphas_bar / previous, alphas_bar, self.timesteps[kept])
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise; x0 and noise (B, ...), timestep (B,) indices."""

@@ -227,6 +227,7 @@ class DiffMAE(nn.Module):
         sampler: str = "ddim",
         steps: int = 50,
         eta: float = 0.0,
+        spacing: str = "angle",
         samples: int = 1,
         known: Tensor | None = None,
         clip_x0: bool = True,
@@ -243,6 +244,7 @@ class DiffMAE(nn.Module):
             sampler: `ddpm`, `ddim` or `dpm++`.
             steps: denoising steps, 1 to the schedule's length. The `mae` objective takes one whatever this says.
             eta: DDIM's stochasticity.
+            spacing: where the steps lie on the schedule: `angle` or `even`, see `Schedule.respace`.
             samples: per clip, from one encoding.
             known: bool (B, 1 or C, T, H, W), True = pixels inside masked patches that are known: they guide every step.
             clip_x0: keep each prediction within black and white.
@@ -300,7 +302,7 @@ class DiffMAE(nn.Module):
             if callback:
                 callback(0, last, clip_of(x0))
         else:
-            options = {"eta": eta} if sampler == "ddim" else {}
+            options: dict[str, Any] = {"spacing": spacing} | ({"eta": eta} if sampler == "ddim" else {})
 
             def show(step: int, timestep: int, x: Tensor, x0: Tensor) -> None:
                 for see, state in ((callback, x0), (noisy_callback, x)):
