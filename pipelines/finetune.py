@@ -11,7 +11,7 @@ from diffmae_video.config import Settings
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
-from diffmae_video.pipelines.finetune_plan import FinetunePlan, describe_plan, plan_finetune
+from diffmae_video.pipelines.finetune_plan import FinetunePlan, describe_plan, plan_finetune, predict_plan
 from diffmae_video.pipelines.probe import probe
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -62,7 +62,7 @@ def finetune(
         out: run folder; an unfinished run of the same settings in it is continued.
         resume: `auto`, `never` or a checkpoint.
         nproc: processes on this machine.
-        dry_run: print the plan and make nothing; returns None.
+        dry_run: print the plan with FLOPs, memory and hours, and make nothing; returns None.
 
     Raises:
         UsageError, DataError: see the messages.
@@ -70,6 +70,7 @@ def finetune(
     plan = plan_finetune(task, init, protocol, data, recipe, overrides, seed, device)
     describe_plan(plan, device)
     if dry_run:
+        predict_plan(plan, device, nproc)
         return None
     arguments = {"plan": plan, "device": device, "out": out, "resume": resume}
     if nproc > 1:

@@ -19,6 +19,8 @@ from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
     from diffmae_video.data.shards import Manifest
+    from diffmae_video.pipelines.plan import Plan
+    from diffmae_video.training.footprint import Footprint
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,66 @@ def describe_plan(plan: FinetunePlan, device: str) -> None:
     counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
     if settings.data.label_fraction < 1:
         counts += f", {settings.data.label_fraction:.0%} of their labels"
-    size = "x".join(map(str, settings.model.size))
+    size, train = "x".join(map(str, settings.model.size)), settings.train
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    work = f"{length} of {train.batch_size} clips"
+    if settings.finetune.protocol != "finetune":
+        work = f"one pass for the features{f', {work}' if settings.finetune.protocol == 'attentive' else ''}"
     console.say(
         f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
-        f"{settings.train.steps or f'{settings.train.epochs:g} epochs'}"
-        f"{' steps' if settings.train.steps else ''} of {settings.train.batch_size} clips on {pick_device(device)}."
+        f"{work} on {pick_device(device)}."
     )
+
+
+def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
+    """FLOPs, memory and hours of a fine-tuning, or of the pass over the data that a probe costs; shown as a table.
+
+    A probe reads every video of both splits once, in the forward pass alone; fitting its head costs little beside that.
+    """
+    import torch
+
+    from diffmae_video.pipelines.plan import make_plan, print_plan
+    from diffmae_video.training.distributed import ranks_from_environment
+
+    settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
+    world, splits = max(nproc, ranks_from_environment()[1]), [data.split]
+    samples = max(1, round(manifest.splits[data.split] * data.label_fraction))
+    if settings.finetune.protocol != "finetune":
+        splits.append(data.eval_split)
+        samples += manifest.splits[data.eval_split]
+        batch = settings.evaluate.batch_views * world
+        once = {"steps": None, "epochs": 1.0, "batch_size": batch, "accumulate": 1, "sharding": "ddp", "ema": 0.0}
+        settings = with_overrides(settings, data={"repeats": 1}, train=once)
+    predicted = make_plan(
+        settings,
+        samples,
+        sum(shard.bytes for shard in manifest.shards if shard.split in splits),
+        world=world,
+        device=torch.device(pick_device(device)),
+        cost=measure_classifier(settings, manifest, settings.train.batch_size // (world * settings.train.accumulate)),
+    )
+    print_plan(predicted, world)
+    return predicted
+
+
+def measure_classifier(settings: Settings, manifest: Manifest, clips: int) -> Footprint:
+    """Cost of a step with `clips` clips: of everything that is trained, or, of a probe, of the head alone."""
+    import torch
+    import torch.nn.functional as F
+
+    from diffmae_video.evaluation.finetuning import freeze_first
+    from diffmae_video.models.classifier import Classifier
+    from diffmae_video.models.encoder import Encoder
+    from diffmae_video.training.footprint import measure_step, shapes_only
+
+    tuning, clips = settings.finetune, max(1, clips)
+    frames = 1 if manifest.kind == "image" else settings.model.frames
+    with shapes_only():
+        encoder = Encoder(settings.model)
+        model = Classifier(encoder, len(manifest.classes), tuning.pool, tuning.dropout, tuning.drop_path).train()
+        freeze_first(model, tuning.freeze)
+        if tuning.protocol != "finetune":
+            encoder.requires_grad_(False)
+        pixels = torch.empty(clips, 3, frames, *settings.model.size)  # (B, C, T, H, W)
+        labels = torch.zeros(clips, dtype=torch.long)
+        return measure_step(model, lambda: F.cross_entropy(model(pixels), labels), settings.train, clips)

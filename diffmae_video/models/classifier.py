@@ -107,8 +107,10 @@ class Classifier(nn.Module):
         self.head = nn.Identity()
         if num_classes:
             generator = torch.Generator().manual_seed(self.seed)
-            self.head = nn.utils.skip_init(nn.Linear, self.num_features, num_classes)
-            nn.init.trunc_normal_(self.head.weight, std=self.head_init, generator=generator)
+            with seeded(self.seed):  # its own initial weights are drawn and replaced: outside, no random state moves
+                self.head = nn.Linear(self.num_features, num_classes)
+            # MAE truncates at -2 and 2, which no draw of this deviation reaches
+            nn.init.normal_(self.head.weight, std=self.head_init, generator=generator)
             nn.init.zeros_(self.head.bias)
 
     @torch.jit.ignore

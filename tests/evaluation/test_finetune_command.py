@@ -18,6 +18,7 @@ from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.evaluate import evaluate
 from diffmae_video.pipelines.finetune import build_classifier, finetune
+from diffmae_video.pipelines.finetune_plan import measure_classifier
 from diffmae_video.pipelines.workspace import Workspace
 
 RECIPE = """
@@ -112,6 +113,21 @@ def test_a_model_with_other_frames_and_size(here: Path) -> None:
     assert load_model(plain.directory).info["frames"] == 8  # a recipe's [model] is about pre-training
 
 
+def test_a_model_of_16_frames_evaluates_other_lengths_and_sizes(here: Path, make_shards: Callable) -> None:
+    make_shards(here / "few", {"train": 3, "val": 2}, frames=40)
+    overrides = ["model.width=128", "model.depth=4", "model.heads=4", "model.frames=16", "model.size=[128, 128]"]
+    overrides += ["data.stride=1", "train.steps=1", "train.batch_size=3"]
+    run = finetune("squares", init="scratch", recipe="tiny.toml", data="few", device="cpu", overrides=overrides)
+    seen = {}
+    for frames, size in [(16, 128), (8, 128), (32, 128), (16, 256)]:
+        changes = [f"model.frames={frames}", f"model.size=[{size}, {size}]", "data.stride=1"]
+        result = evaluate("squares", checkpoint=run.directory, data="few", views="1x1", overrides=changes, device="cpu")
+        assert (result.report["frames"], result.report["size"], result.used) == (frames, [size, size], 2)
+        seen[frames, size] = read_predictions(result.directory).probabilities["1x1"]
+        assert seen[frames, size].isfinite().all()
+    assert all(not torch.equal(seen[16, 128], other) for place, other in seen.items() if place != (16, 128))
+
+
 def test_training_improves_the_loss_and_repeats(here: Path) -> None:
     overrides = ["train.steps=80", "train.checkpoint_every=100"]
     losses = []
@@ -190,5 +206,31 @@ def test_refusals(here: Path) -> None:
         finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["model.patch=8"])
     with pytest.raises(UsageError, match="no class token"):
         finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["finetune.pool=class"])
-    assert finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", dry_run=True) is None
     assert not (here / "runs" / "finetune-001").exists()
+
+
+def test_dry_run_tells_the_cost_and_makes_nothing(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", dry_run=True) is None
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("FLOPs a clip", "memory a process", "device hours", "4 steps of 6 clips"))
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(("freeze", "protocol"), [(0, "finetune"), (2, "finetune"), (0, "linear")])
+def test_predicted_cost_against_a_count_by_hand(here: Path, make_shards: Callable, freeze: int, protocol: str) -> None:
+    """Matrix products of a ViT: 24 N D^2 + 4 N^2 D a block; the backward pass of what is trained costs twice that."""
+    settings = with_overrides(
+        Settings(model=ModelSettings(preset="tiny", frames=16, size=(64, 64))),
+        finetune={"freeze": freeze, "protocol": protocol},
+        train={"precision": "fp32"},
+    )
+    cost = measure_classifier(settings, make_shards(here / "shards", {"train": 3}), clips=4)
+    tokens, width, depth, patch = 8 * 4 * 4, 192, 12, 2 * 16 * 16 * 3
+    block = 24 * tokens * width**2 + 4 * tokens**2 * width
+    assert cost.forward_flops == pytest.approx(depth * block + 2 * tokens * patch * width, rel=0.01)
+    trained = 0 if protocol == "linear" else depth - freeze
+    assert cost.train_flops - cost.forward_flops == pytest.approx(
+        2 * trained * block, rel=0.06 if trained else 0, abs=1e6
+    )
+    real = Classifier(Encoder(settings.model), 3)
+    assert cost.parameters == sum(parameter.numel() for parameter in real.parameters())
