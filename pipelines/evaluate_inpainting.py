@@ -22,11 +22,11 @@ from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.evaluation.inpainting import (
     BASELINES,
     DeepFeatures,
+    Motion,
     cosine_distance,
     frechet_distance,
     load_lpips,
     to_frames,
-    warping_error,
 )
 from diffmae_video.masking import Mask, parse_mask
 from diffmae_video.models.diffmae import DiffMAE
@@ -71,6 +71,14 @@ class InpaintingEvaluation:
     scores: dict[str, dict[str, dict[str, float | None]]]
 
 
+@dataclass(frozen=True)
+class _Judges:
+    """Networks that look at results; absent ones leave their columns empty."""
+
+    features: DeepFeatures | None = None
+    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+
 @dataclass
 class _Score:
     """Sums of one method under one mask."""
@@ -91,6 +99,7 @@ def evaluate_inpainting(
     out: Path | None = None,
     seed: int | None = None,
     device: str = "auto",
+    deep: bool = True,
     dry_run: bool = False,
 ) -> InpaintingEvaluation | None:
     """Inpaint clips of a split under each mask and compare with the source, beside one step and the baselines.
@@ -101,9 +110,10 @@ def evaluate_inpainting(
         masks: masks over the token grid, as a list or a text with commas; `evaluate.masks` without it.
         overrides: `section.field=value`; `evaluate.clips`, `evaluate.samples`, `render.steps`, ...
         out: folder for inpaint.json, config.toml, pictures and report.html.
+        deep: also measure feature, Frechet and LPIPS distances; without them no network but the model runs.
 
     Raises:
-        UsageError: no model, no data, an unknown mask.
+        UsageError: no model, no data, an unknown mask, or, with `deep`, no feature network.
     """
     source, which = find_run("pretrain", checkpoint)
     say(which)
@@ -134,8 +144,8 @@ def evaluate_inpainting(
         return None
     directory = Workspace.here().new_run_directory("eval", out)
     started = time.monotonic()
-    features, lpips = DeepFeatures(target), load_lpips()
-    if lpips is None:
+    judges = _Judges(DeepFeatures(target), load_lpips()) if deep else _Judges()
+    if deep and judges.lpips is None:
         say("LPIPS is left out: the lpips package or its AlexNet (hub/checkpoints in TORCH_HOME) is not here.")
     scores: dict[str, dict[str, _Score]] = {text: {} for text in texts}
     originals: list[np.ndarray] = []
@@ -143,15 +153,17 @@ def evaluate_inpainting(
     with progress(len(wanted) * len(texts), "eval inpaint", "clips") as line:
         for number, clip in enumerate(_clips(settings, wanted)):
             frames = to_frames(clip[None])[0]  # uint8 (T, H, W, 3)
-            original = features(frames)
-            originals.append(original)
+            original = judges.features(frames) if judges.features else None
+            if original is not None:
+                originals.append(original)
+            motion = Motion(frames)
             for text, maker in makers.items():
                 mask = maker([settings.seed + number])
                 hidden = mask.pixels(tubelet, model_settings.patch)[0].numpy()  # bool (T, H, W)
                 results = _results(model, clip, mask, hidden, settings, settings.seed + number, target)
                 for name, result in results.items():
                     score = scores[text].setdefault(name, _Score())
-                    _count(score, frames, result, hidden, original, features, lpips)
+                    _count(score, frames, result, hidden, original, motion, judges)
                 if number < PICTURED:
                     middle = len(frames) // 2
                     shown = {name: result[middle] for name, result in results.items() if name != BEST}
@@ -159,21 +171,20 @@ def evaluate_inpainting(
                     pictures[text].append({"source": frames[middle], "masked": masked, **shown})
                 line.update(1)
     figures = {
-        text: {name: _figures(score, np.concatenate(originals)) for name, score in methods.items()}
-        for text, methods in scores.items()
+        text: {name: _figures(score, originals) for name, score in methods.items()} for text, methods in scores.items()
     }
     result = InpaintingEvaluation(
         directory=str(directory),
         checkpoint=str(source),
         data=str(path),
-        clips=len(originals),
+        clips=len(wanted),
         seed=settings.seed,
         sampler=settings.render.sampler,
         steps=settings.render.steps,
         samples=settings.evaluate.samples,
         size=(model_settings.frames, *model_settings.size),
         seconds=round(time.monotonic() - started, 1),
-        conventions=_conventions(settings, len(originals), lpips is not None),
+        conventions=_conventions(settings, len(wanted), judges),
         scores=figures,
     )
     _write(result, settings, directory, pictures)
@@ -257,25 +268,27 @@ def _count(
     source: np.ndarray,
     result: np.ndarray,
     hidden: np.ndarray,
-    original: np.ndarray,
-    features: DeepFeatures,
-    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
+    original: np.ndarray | None,
+    motion: Motion,
+    judges: _Judges,
 ) -> None:
     for before, after, hole in zip(source, result, hidden, strict=True):
         score.closeness.add(before, after, hole)
-    described = features(result)
-    score.features.append(described)
-    score.distances += cosine_distance(original, described).tolist()
-    score.warping.append(warping_error(source, result))
-    if lpips is not None:
-        score.lpips += lpips(source, result).tolist()
+    score.warping.append(motion.warping_error(result))
+    if judges.features is not None:
+        described = judges.features(result)
+        score.features.append(described)
+        score.distances += cosine_distance(original, described).tolist()
+    if judges.lpips is not None:
+        score.lpips += judges.lpips(source, result).tolist()
 
 
-def _figures(score: _Score, originals: np.ndarray) -> dict[str, float | None]:
+def _figures(score: _Score, originals: list[np.ndarray]) -> dict[str, float | None]:
+    deep = bool(score.features)
     return {
         **score.closeness.figures(),
-        "features": float(np.mean(score.distances)),
-        "frechet": frechet_distance(originals, np.concatenate(score.features)),
+        "features": float(np.mean(score.distances)) if deep else None,
+        "frechet": frechet_distance(np.concatenate(originals), np.concatenate(score.features)) if deep else None,
         "warping": float(np.mean(score.warping)) * 1e3,
         "lpips": float(np.mean(score.lpips)) if score.lpips else None,
     }
@@ -287,16 +300,20 @@ def _rows(methods: dict[str, dict[str, float | None]]) -> list[list[object]]:
     ]
 
 
-def _conventions(settings: Settings, clips: int, with_lpips: bool) -> str:
+def _conventions(settings: Settings, clips: int, judges: _Judges) -> str:
     height, width = settings.model.size
+    deep = (
+        "Feature distance: 1 - cosine of pooled EfficientNet-Lite0 features; Frechet: between the same features of all "
+        "frames (small sets bias it upwards; compare within the table only). "
+    )
     return (
         f"{clips} clips of {settings.model.frames} frames at {width}x{height}, stride {settings.data.stride}, centre "
         f"crop, seed {settings.seed}, {settings.evaluate.samples} samples a clip; results pasted into the source. PSNR "
         "and SSIM (Gaussian window 11, sigma 1.5), uint8 RGB: hidden region pooled over all hidden pixels, full frame "
-        "averaged over frames; best of samples is chosen by hidden PSNR against the source. Feature distance: 1 - "
-        "cosine of pooled EfficientNet-Lite0 features; Frechet: between the same features of all frames (small sets "
-        "bias it upwards; compare within the table only); warping error: mean squared, values in [0, 1], times 1000. "
-        + ("LPIPS: AlexNet, v0.1, full frame." if with_lpips else "LPIPS: weights not present.")
+        "averaged over frames; best of samples is chosen by hidden PSNR against the source. "
+        + (deep if judges.features else "")
+        + "Warping error: mean squared, values in [0, 1], times 1000. "
+        + ("LPIPS: AlexNet, v0.1, full frame." if judges.lpips else "LPIPS: not measured (weights not present).")
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from importlib import util
+from itertools import pairwise
 from pathlib import Path
 
 import diffmae_video.compat  # noqa: F401
@@ -186,29 +187,36 @@ def load_lpips(backbone: str = "alex") -> Callable[[np.ndarray, np.ndarray], np.
     return distance
 
 
-def warping_error(source: np.ndarray, result: np.ndarray) -> float:
-    """Flicker: mean squared difference, values in [0, 1], between frames and their successors warped back along the
-    source's motion, over pixels that are not occluded (forward-backward check of Ruder et al. 2016).
+class Motion:
+    """Where each pixel of a clip is found in the next frame: Farneback flow, without what is occluded
+    (forward-backward check of Ruder et al. 2016).
 
     Args:
-        source, result: uint8 (T, H, W, 3).
+        source: uint8 (T, H, W, 3).
     """
-    if len(source) < 2:
-        return 0.0
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
-    rows, columns = np.mgrid[: source.shape[1], : source.shape[2]].astype(np.float32)
-    errors = []
-    for n in range(len(source) - 1):
-        forward, backward = _flow(grey[n], grey[n + 1]), _flow(grey[n + 1], grey[n])
-        x, y = columns + forward[..., 0], rows + forward[..., 1]
-        back = cv2.remap(backward, x, y, cv2.INTER_LINEAR)
-        length = (forward**2).sum(-1) + (back**2).sum(-1)
-        seen = ((forward + back) ** 2).sum(-1) < 0.01 * length + 0.5
-        seen &= (x >= 0) & (x <= source.shape[2] - 1) & (y >= 0) & (y <= source.shape[1] - 1)
-        warped = cv2.remap(result[n + 1].astype(np.float32), x, y, cv2.INTER_LINEAR)
-        if seen.any():
-            errors.append(float((((warped - result[n]) / 255) ** 2).mean(-1)[seen].mean()))
-    return float(np.mean(errors)) if errors else 0.0
+
+    def __init__(self, source: np.ndarray) -> None:
+        grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
+        rows, columns = np.mgrid[: source.shape[1], : source.shape[2]].astype(np.float32)
+        self.moves: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # column, row and whether it is seen, (H, W)
+        for now, later in pairwise(grey):
+            forward, backward = _flow(now, later), _flow(later, now)
+            x, y = columns + forward[..., 0], rows + forward[..., 1]
+            back = cv2.remap(backward, x, y, cv2.INTER_LINEAR)
+            length = (forward**2).sum(-1) + (back**2).sum(-1)
+            seen = ((forward + back) ** 2).sum(-1) < 0.01 * length + 0.5
+            seen &= (x >= 0) & (x <= source.shape[2] - 1) & (y >= 0) & (y <= source.shape[1] - 1)
+            self.moves.append((x, y, seen))
+
+    def warping_error(self, result: np.ndarray) -> float:
+        """Flicker of a clip uint8 (T, H, W, 3) that should move like the source: mean squared difference, values in
+        [0, 1], between frames and their successors warped back, over pixels that are seen in both."""
+        errors = []
+        for (x, y, seen), frame, after in zip(self.moves, result[:-1], result[1:], strict=True):
+            warped = cv2.remap(after.astype(np.float32), x, y, cv2.INTER_LINEAR)
+            if seen.any():
+                errors.append(float((((warped - frame) / 255) ** 2).mean(-1)[seen].mean()))
+        return float(np.mean(errors)) if errors else 0.0
 
 
 def _flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -13,12 +13,12 @@ from diffmae_video.evaluation.image_metrics import Closeness, psnr, ssim_map
 from diffmae_video.evaluation.inpainting import (
     BASELINES,
     DeepFeatures,
+    Motion,
     cosine_distance,
     frechet_distance,
     nearest_visible,
     telea,
     temporal_median,
-    warping_error,
 )
 
 RNG = np.random.default_rng(0)
@@ -114,11 +114,11 @@ def test_telea_fills_a_smooth_hole_smoothly() -> None:
 def test_warping_error_sees_flicker_and_not_motion() -> None:
     texture = picture(64, 128)
     moving = np.stack([np.roll(texture, 2 * n, axis=1)[:, 20:84] for n in range(4)])
-    steady = warping_error(moving, moving)
-    flicker = warping_error(moving, np.stack([noisy(frame, 60) for frame in moving]))
+    steady = Motion(moving).warping_error(moving)
+    flicker = Motion(moving).warping_error(np.stack([noisy(frame, 60) for frame in moving]))
     assert flicker > 3 * steady
     still = np.stack([texture] * 3)
-    assert warping_error(still, still) < 1e-6  # Farneback finds nearly no motion
+    assert Motion(still).warping_error(still) < 1e-6  # Farneback finds nearly no motion
 
 
 def test_cosine_distance() -> None:
