@@ -231,7 +231,7 @@ class TrainSettings(Section):
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the moving average of the weights per step; 0 keeps none."""
+    """Decay of the moving average of the weights per step (less in the first steps); 0 keeps none."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the model."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0

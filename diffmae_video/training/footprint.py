@@ -93,7 +93,7 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSetti
         gradients = sum(p.grad.untyped_storage().nbytes() for _, p in trained if p.grad is not None)
         optimizer.step()
         if average is not None:
-            average.update()
+            average.update(0)
     whole, encoder = (
         sum(parameter.numel() for parameter in part.parameters()) for part in (model, getattr(model, "encoder", model))
     )

@@ -53,7 +53,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 class MovingAverage:
-    """Exponential moving average of parameters: average = decay * average + (1 - decay) * parameter."""
+    """Exponential moving average of parameters: average = decay * average + (1 - decay) * parameter.
+
+    The decay of update n is at most (1 + n) / (10 + n) (TensorFlow's `ExponentialMovingAverage`): a short run would
+    otherwise end with an average that still holds a good part of the random weights it began with.
+    """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float) -> None:
         self.decay = decay
@@ -61,9 +65,10 @@ class MovingAverage:
         self.average = {name: parameter.detach().clone() for name, parameter in self.source.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the parameters as they are now."""
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.source.values()], 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Move towards the parameters as they are after optimizer step number `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.source.values()], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -210,7 +210,7 @@ class Trainer:
                 optim.set_learning_rate(self.optimizer, self.rate)
                 self.optimizer.step()
                 if self.average is not None:
-                    self.average.update()
+                    self.average.update(self.step)
                 meter.add({**sums, "loss": losses, "grad_norm": norm})
                 meter.steps += 1
             self.optimizer.zero_grad(set_to_none=True)

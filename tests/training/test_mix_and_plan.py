@@ -139,7 +139,7 @@ def test_predicted_peak_against_real_steps(overrides, tmp_path):
             del loss
         optimizer.step()
         if average is not None:
-            average.update()
+            average.update(0)
 
     step()
     optimizer.zero_grad(set_to_none=True)

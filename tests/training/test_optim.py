@@ -61,13 +61,13 @@ def test_learning_rate():
 
 def test_moving_average_against_its_definition():
     layer = nn.Linear(2, 2)
-    average = optim.MovingAverage(layer.named_parameters(), 0.9)
+    average = optim.MovingAverage(layer.named_parameters(), 0.4)
     expected = layer.weight.detach().clone()
-    for _ in range(3):
+    for step, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4]):  # warm-up, then the setting
         with torch.no_grad():
             layer.weight.add_(1.0)
-        average.update()
-        expected = 0.9 * expected + 0.1 * layer.weight.detach()
+        average.update(step)
+        expected = decay * expected + (1 - decay) * layer.weight.detach()
     torch.testing.assert_close(average.average["weight"], expected)
     now = layer.weight.detach().clone()
     average.swap()
