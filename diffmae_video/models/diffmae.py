@@ -136,21 +136,18 @@ class DiffMAE(nn.Module):
         if mask.masked_valid is not None:
             counts = mask.masked_valid.sum(1).tolist()
         wanted = max(1, math.ceil(max(counts) * self.settings.loss_tokens))
-        timesteps, noises, keeps = [], [], []
-        for seed, count in zip(torch.as_tensor(seeds).tolist(), counts, strict=True):
+        drawn = 0 if self.settings.objective == "mae" else min(max(counts), wanted)
+        noise = torch.zeros(mask.batch, drawn, values, device=device)
+        timesteps, keeps = [], []
+        for row, (seed, count) in enumerate(zip(torch.as_tensor(seeds).tolist(), counts, strict=True)):
             generator = torch.Generator().manual_seed(seed)
             timesteps.append(torch.randint(len(self.schedule), (), generator=generator))
             if self.settings.loss_tokens < 1:
                 order = torch.randperm(count, generator=generator)[:wanted]
                 keeps.append(F.pad(order, (0, wanted - len(order)), value=max(counts) - 1))  # (K,), pads are invalid
-            if self.settings.objective != "mae":
-                drawn = min(count, wanted)
-                on_device = generator
-                if device.type != "cpu":
-                    on_device = torch.Generator(device).manual_seed(seed)
-                noise = torch.randn(drawn, values, generator=on_device, device=device)
-                noises.append(F.pad(noise, (0, 0, 0, wanted - drawn)))  #                      (K, P)
-        noise = torch.stack(noises) if noises else torch.empty(mask.batch, 0, values, device=device)
+            if drawn:
+                on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+                noise[row, :count].normal_(generator=on_device)  #                             (K, P), zero on padding
         keep = torch.stack(keeps).to(device) if keeps else None
         return Draw(torch.stack(timesteps).to(device), noise, keep)
 
@@ -175,7 +172,7 @@ class DiffMAE(nn.Module):
         if self.settings.objective != "mae":
             signal = self.signal[draw.timestep].view(-1, 1, 1)
             sigma = self.sigma[draw.timestep].view(-1, 1, 1)
-            noisy = signal * clean + sigma * draw.noise  #                    (B, K, P)
+            noisy = (signal * clean).addcmul_(sigma, draw.noise)  #           (B, K, P)
         if self.settings.target == "noise":
             target = draw.noise
         elif self.settings.target == "velocity":
@@ -184,7 +181,8 @@ class DiffMAE(nn.Module):
             target = clean
         encoding = self._encode_patches(patches, mask, noisy)
         prediction = self._decode(noisy, draw.timestep, encoding, index, valid)
-        per_sample = _masked_mean((prediction.float() - target.float()).square().mean(2), valid)  # (B,)
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(2)  # (B, K)
+        per_sample = _masked_mean(error, valid)  #                            (B,)
         if self.feature_decoder is not None:
             per_sample = per_sample + self.feature_decoder.loss(clips, encoding, index, valid)
         return DiffMAEOutput(per_sample.mean(), per_sample, prediction)

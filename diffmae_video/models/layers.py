@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from diffmae_video.models.attention import attend
+
 GridShape = tuple[int, int, int]
 
 
@@ -37,7 +39,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention through SDPA, with timm's parameter names; no (N x N) matrix is kept."""
+    """Multi-head self-attention with timm's parameter names."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -47,10 +49,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attend among x (B, L, D); tokens with valid (B, L) False are not attended to."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3)  # (B, heads, 3, L, D/heads)
-        q, k, v = qkv.unbind(2)  #                                              (B, heads, L, D/heads) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(valid))
-        return self.proj(x.transpose(1, 2).flatten(2))  #                       (B, L, D)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
+        return self.proj(attend(q, k, v, valid))  #                          (B, L, D)
 
 
 class CrossAttention(nn.Module):
@@ -65,14 +65,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, valid: Tensor | None = None) -> Tensor:
         """x (B, L, D) attends to context (B, K, context width), where valid (B, K)."""
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  #           (B, heads, L, D/heads)
-        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, heads, K, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_mask(valid))
-        return self.proj(x.transpose(1, 2).flatten(2))  #                         (B, L, D)
-
-
-def _key_mask(valid: Tensor | None) -> Tensor | None:
-    return None if valid is None else valid[:, None, None, :]  # (B, 1, 1, K)
+        q = self.q(x).unflatten(2, (self.heads, -1))  #                       (B, L, heads, D/heads)
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, K, heads, D/heads) each
+        return self.proj(attend(q, k, v, valid))  #                           (B, L, D)
 
 
 class Block(nn.Module):

@@ -1,0 +1,121 @@
+"""Scaled dot-product attention, and how bf16 on a CPU computes it.
+
+Letters: B batch, H heads, L query tokens, K context tokens, d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2**19
+"""Scores (queries x keys) of a block, for each thread: 1 MiB in bf16, the second-level cache of a core."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(d)) v, without a matrix of all scores (L, K).
+
+    Everywhere SDPA's fused kernels, but for bf16 on CPUs: there they take twice the time of `blocked_attention`.
+
+    Args:
+        q: (B, L, H, d).
+        k: (B, K, H, d).
+        v: (B, K, H, d).
+        valid: bool (B, K), False on keys that are not attended to.
+
+    Returns:
+        (B, L, H * d).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and valid is None:
+        return blocked_attention(q, k, v).flatten(2)
+    mask = None if valid is None else valid[:, None, None, :]  #            (B, 1, 1, K)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  #                     (B, H, L or K, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("diffmae_video::blocked_attention", mutates_args=())
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by plain matrix products over blocks of queries whose scores stay in the cache.
+
+    The backward pass computes the scores again, as FlashAttention does (arXiv 2205.14135). Scores are rounded to the
+    inputs' type, as in attention that is not fused.
+
+    Args:
+        q: (B, L, H, d).
+        k: (B, K, H, d).
+        v: (B, K, H, d).
+
+    Returns:
+        (B, L, H, d).
+    """
+    batch, scale = len(q), q.shape[-1] ** -0.5
+    q, k, v = _by_head(q) * scale, _by_head(k), _by_head(v)
+    out = torch.empty_like(q)
+    for heads, queries in _blocks(q, k):
+        p = torch.bmm(q[heads, queries], k[heads].mT).softmax(-1)  # (h, l, K)
+        out[heads, queries] = torch.bmm(p, v[heads])
+    return _by_token(out, batch)
+
+
+@torch.library.custom_op("diffmae_video::blocked_attention_backward", mutates_args=())
+def blocked_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (B, L or K, H, d) by q, k and v of `blocked_attention`, given the one by its output."""
+    batch, scale = len(q), q.shape[-1] ** -0.5
+    grad, q, k, v = _by_head(grad), _by_head(q) * scale, _by_head(k), _by_head(v)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    sums: list[Tensor] = []  # of dk and dv over the blocks of the same heads
+    for heads, queries in _blocks(q, k):
+        p = torch.bmm(q[heads, queries], k[heads].mT).softmax(-1)  #            (h, l, K)
+        dp = torch.bmm(grad[heads, queries], v[heads].mT)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq[heads, queries] = torch.bmm(ds, k[heads])
+        parts = [torch.bmm(ds.mT, q[heads, queries]), torch.bmm(p.mT, grad[heads, queries])]
+        sums = [a.to(wide).add_(b) for a, b in zip(sums, parts, strict=True)] if queries.start else parts
+        if queries.stop >= q.shape[1]:
+            dk[heads], dv[heads] = sums
+    return _by_token(dq.mul_(scale), batch), _by_token(dk, batch), _by_token(dv, batch)
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Heads and queries of each block: several whole heads where they fit into `BLOCK`, else queries of one head."""
+    (heads, queries, _), keys = q.shape, k.shape[1]
+    room = BLOCK * max(2, torch.get_num_threads())
+    together = max(1, room // (queries * keys))
+    size = math.ceil(queries / math.ceil(queries * keys / room))
+    for head in range(0, heads, together):
+        for query in range(0, queries, size):
+            yield slice(head, head + together), slice(query, query + size)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # (B, L, H, d) -> (B * H, L, d)
+
+
+def _by_token(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()  # and back
+
+
+@blocked_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@blocked_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    return blocked_attention_backward(grad, *ctx.saved_tensors)
+
+
+blocked_attention.register_autograd(_backward, setup_context=_keep)
