@@ -71,7 +71,7 @@ def crop(data: bytes) -> tuple[int, int, int, int]:
 def ours(data: bytes, indices: list[list[int]], box: tuple[int, int, int, int]) -> float:
     """CPU milliseconds of one clip."""
     begun = time.process_time()
-    with Video(data) as video:
+    with Video(data, known=True) as video:
         video.clips(indices, [box] * len(indices), (SIDE, SIDE))
     return 1e3 * (time.process_time() - begun) / len(indices)
 
@@ -89,8 +89,9 @@ def naive(data: bytes, wanted: list[int]) -> float:
 def bare(data: bytes, wanted: list[int]) -> float:
     """The bound: decode the packets that the wanted frames need, convert nothing."""
     with Video(data) as video:
+        video.info  # noqa: B018 reads the index or the packets
         begun = time.process_time()
-        for _ in video._frames_at(sorted(set(wanted))):
+        for _ in video.frames_at(sorted(set(wanted))):
             pass
         return 1e3 * (time.process_time() - begun)
 
@@ -262,12 +263,12 @@ def encode(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def psnr(original: bytes, encoded: bytes) -> float:
-    """Of every 20th frame, against the original scaled by area."""
+    """Of every 7th frame (a stride that meets all kinds of frames) against the original scaled by area."""
     import cv2
 
     errors = []
     for number, (before, after) in enumerate(zip(VideoReader(original), VideoReader(encoded), strict=False)):
-        if number % 20 == 0:
+        if number % 7 == 0:
             height, width = after[0].shape[:2]
             scaled = cv2.resize(before[0], (width, height), interpolation=cv2.INTER_AREA)
             errors.append(np.mean((scaled.astype(np.float64) - after[0]) ** 2))

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from diffmae_video.data.layouts import SPLITS
+from diffmae_video.data.listing import SPLITS
 from diffmae_video.data.media import DEFAULT_LIMITS
 from diffmae_video.data.remote import filesystem, is_remote, join, write_file
 from diffmae_video.data.shards import MEDIA_SUFFIXES, ShardInfo, write_manifest

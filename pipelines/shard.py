@@ -7,13 +7,10 @@ options alone. So any number of workers, a kill at any moment and a rerun, or a 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,16 +23,16 @@ from typing import Any
 from diffmae_video._version import __version__
 from diffmae_video.data.datasets import DatasetInfo, dataset_info
 from diffmae_video.data.layouts import Item, Listing, list_samples
-from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, sync_folder, write_file
-from diffmae_video.data.shards import MANIFEST, Manifest, ShardInfo, TarShard, write_manifest
+from diffmae_video.data.remote import filesystem, is_remote, join, read_file, write_file
+from diffmae_video.data.shards import MANIFEST, Manifest, ShardInfo, write_manifest
 from diffmae_video.data.transcode import TranscodeOptions, options_from_json, options_to_json
 from diffmae_video.data.workers import POOL
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.pipelines.console import progress, say, table
+from diffmae_video.pipelines.shard_folder import REJECTED, compare
+from diffmae_video.pipelines.shard_job import STOP, Job, parts_of, run_job
 from diffmae_video.pipelines.workspace import Workspace
 
-PARTS = ".parts"
-REJECTED = "rejected.jsonl"
 LAYOUT_DATASETS = {"ssv2": "ssv2", "ucf101": "ucf101", "hmdb51": "hmdb51", "imagenet": "imagenet", "kinetics": "k400"}
 
 
@@ -57,27 +54,6 @@ class ShardResult:
     """Shards that were there already."""
     unchanged: bool = False
     """Everything was there already."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to make; plain values, so that it travels to other machines."""
-
-    name: str
-    split: str
-    source: str
-    out: str
-    items: tuple[tuple[str, str, int, str | None, float | None, float | None], ...]
-    """path, key, label, class, start, end of each input."""
-    options: dict[str, Any]
-    seconds: float
-    memory: int
-
-    @property
-    def digest(self) -> str:
-        """What the shard's bytes depend on."""
-        text = json.dumps([self.split, self.items, self.options], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard(
@@ -116,11 +92,13 @@ def shard(
 
     Raises:
         DataError: nothing was found, or nothing at all could be written, or the disk is full.
-        UsageError: `out` holds the result of other input or options.
+        UsageError: `out` holds the result of other input or options, or the options exclude each other.
     """
     begun = time.monotonic()
     source, out = _absolute(str(source)), _absolute(str(out))
     options = options or TranscodeOptions()
+    if options.copy and (options.trim or options.fps):
+        raise UsageError("--copy keeps the bytes of a file, --trim and --fps change them; give one or the other.")
     info = dataset_info(dataset) if dataset and _is_known(dataset) else None
     listing = list_samples(source, layout or (info.layout if info else "auto"), options.kind, fold)
     name = info.name if info else dataset or _guess_dataset(listing, source)
@@ -139,14 +117,15 @@ def shard(
         "options": options_to_json(options),
         "samples_per_shard": [len(job.items) for job in jobs[:1]],
         "inputs": found,
+        "input_bytes": sum(item.size for item in listing.items),
         "digest": listing_digest,
         "jobs": hashlib.sha256("".join(job.name + job.digest for job in jobs).encode()).hexdigest(),
     }
-    finished = _compare(out, record, overwrite)
+    finished = compare(out, record, overwrite)
     if finished:
         say(f"Nothing to do: {out} was made from this input with these options.")
         return replace(_result(finished, out, begun, len(jobs)), unchanged=True)
-    write_file(join(_parts(out), "run.json"), json.dumps(record, indent=1).encode())
+    write_file(join(parts_of(out), "run.json"), json.dumps(record, indent=1).encode())
 
     pool, own = _executor(executor, dask, workers)
     reports: dict[str, dict[str, Any]] = {}
@@ -162,7 +141,7 @@ def shard(
     except (BrokenProcessPool, CancelledError) as error:
         raise DataError(f"A worker of the executor died ({error}); run again, finished shards are kept.") from error
     except BaseException:
-        _stop.set()  # threads leave after their present clip
+        STOP.set()  # threads leave after their present clip
         POOL.kill()
         raise
     finally:
@@ -173,106 +152,8 @@ def shard(
                 pool.shutdown(wait=False)
                 pool._client.close()
             POOL.close()
-        _stop.clear()
+        STOP.clear()
     return _finish(out, name, info, listing, jobs, reports, record, begun)
-
-
-def run_job(job: Job) -> dict[str, Any]:
-    """Make one shard, or find it made. Returns {info, rows, rejected, skipped}; runs on any machine."""
-    part = join(_parts(job.out), f"{job.name}.json")
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        report = json.loads(read_file(part))
-        if report["digest"] == job.digest and _is_there(job.out, report["info"]):
-            return report | {"skipped": True}
-    options = options_from_json(job.options)
-    worker = POOL.take(job.seconds, job.memory)
-    rejected: list[dict[str, str]] = []
-    folder = None if is_remote(job.out) else _parts(job.out)
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{job.name}.", suffix=".tmp", dir=folder)
-    sink = _Hashing(None)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            sink.file = file
-            tar = TarShard(sink)
-            for path, key, label, class_name, start, end in job.items:
-                if _stop.is_set():
-                    raise CancelledError("interrupted")
-                span = (start, end) if start is not None and end is not None else None
-                outcome = worker.run(join(job.source, path), options, span)
-                if _stop.is_set():  # the worker was killed; its clip is not to blame
-                    raise CancelledError("interrupted")
-                if outcome.kind:
-                    rejected.append({"path": path, "reason": outcome.kind, "detail": outcome.error})
-                    continue
-                meta = outcome.meta | {"label": label, "class": class_name, "source": path}
-                if span:
-                    meta["span"] = [start, end]
-                tar.add(key, outcome.suffix, outcome.data, meta)
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
-        info = None
-        if tar.rows:
-            info = asdict(ShardInfo(job.name, job.split, sink.size, sink.digest.hexdigest(), len(tar.rows)))
-            _publish(temporary, job.out, job.name)
-        report = {"digest": job.digest, "info": info, "rows": tar.rows, "rejected": rejected}
-        write_file(part, json.dumps(report).encode())
-        return report | {"skipped": False}
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"The disk of {job.out} is full; free space and run again, finished shards stay."
-            ) from error
-        raise
-    finally:
-        sink.abandoned = True
-        POOL.give(worker)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-_stop = threading.Event()
-
-
-class _Hashing:
-    """A file that knows the checksum and size of what went through it."""
-
-    def __init__(self, file: Any):
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.abandoned = False
-
-    def write(self, data: bytes) -> int:
-        if self.abandoned:  # tarfile writes its end even when it is dropped half-way
-            return len(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-
-def _publish(temporary: str, out: str, name: str) -> None:
-    if is_remote(out):
-        files, inner = filesystem(join(out, name))
-        retry(lambda: files.put_file(temporary, inner), f"Uploading {name}")
-        return
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, join(out, name))
-    sync_folder(out)
-
-
-def _is_there(out: str, info: dict[str, Any] | None) -> bool:
-    if info is None:
-        return True
-    path = join(out, info["name"])
-    if is_remote(path):
-        files, inner = filesystem(path)
-        with contextlib.suppress(FileNotFoundError):
-            return retry(lambda: files.size(inner), f"Looking at {path}") == info["bytes"]
-        return False
-    return os.path.exists(path) and os.path.getsize(path) == info["bytes"]
-
-
-def _parts(out: str) -> str:
-    return join(out, PARTS)
 
 
 def _absolute(path: str) -> str:
@@ -323,76 +204,11 @@ def _deal(
         size = per_shard or max(16, min(most, -(-len(items) // 16)))
         for number, start in enumerate(range(0, len(items), size)):
             rows = tuple(
-                (item.path, item.key, -1 if item.label is None else label[item.label], item.label, item.start, item.end)
-                for item in items[start : start + size]
+                (one.path, one.key, label.get(one.label, -1), one.label, one.start, one.end, one.size)
+                for one in items[start : start + size]
             )
             jobs.append(Job(f"{split}-{number:06d}.tar", split, source, out, rows, wire, seconds, memory))
     return jobs
-
-
-def _compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Look at what `out` holds: None to go on, the manifest's body when everything is done already."""
-    if is_remote(out):
-        files, inner = filesystem(out)
-        names = {path.rstrip("/").rpartition("/")[2] for path in files.find(inner)} if files.exists(inner) else set()
-    else:
-        if os.path.isfile(out):
-            raise UsageError(f"{out} is a file; name a folder for the shards.")
-        names = set(os.listdir(out)) if os.path.isdir(out) else set()
-    before, body = None, None
-    if MANIFEST in names:
-        body = json.loads(read_file(join(out, MANIFEST)))
-        before = body.get("facts", {})
-    else:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            before = json.loads(read_file(join(_parts(out), "run.json")))
-    if before is None and any(name.endswith(".tar") for name in names) and not overwrite:
-        raise UsageError(f"{out} holds tars that this command did not make; name another folder or give --overwrite.")
-    if before is not None and before.get("jobs") != record["jobs"]:
-        if not overwrite:
-            changed = _changes(before, record)
-            raise UsageError(f"{out} holds other shards: {changed}; name another folder or give --overwrite.")
-        body = None
-        _clear(out)
-    elif before is None and overwrite:
-        _clear(out)
-    if body is not None and all(_is_there(out, info) for info in body["shards"]):
-        return body
-    if not is_remote(out):
-        os.makedirs(_parts(out), exist_ok=True)
-        for leftover in Path(_parts(out)).glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-    return None
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    told = []
-    if before.get("source") != now["source"]:
-        told.append(f"the source was {before.get('source')}")
-    if before.get("digest") != now["digest"]:
-        told.append(f"the input changed ({before.get('inputs')} files then, {now['inputs']} now)")
-    old = before.get("options") or {}
-    told += [
-        f"{name} was {old.get(name)}, is {value}" for name, value in now["options"].items() if old.get(name) != value
-    ]
-    return ", ".join(told) or "the number of samples per shard changed"
-
-
-def _clear(out: str) -> None:
-    """Remove what a former run left, and nothing else."""
-    if is_remote(out):
-        files, inner = filesystem(out)
-        mine = [
-            p for p in files.find(inner) if p.endswith(".tar") or f"/{PARTS}/" in p or p.endswith((MANIFEST, REJECTED))
-        ]
-        for path in mine:
-            files.rm_file(path)
-        return
-    for path in Path(out).glob("*.tar"):
-        path.unlink()
-    for name in (MANIFEST, REJECTED, "samples.parquet"):
-        Path(out, name).unlink(missing_ok=True)
-    shutil.rmtree(_parts(out), ignore_errors=True)
 
 
 def _executor(executor: Executor | None, dask: str | None, workers: int | None) -> tuple[Executor, bool]:
@@ -449,11 +265,11 @@ def _finish(
         directional=info.directional if info else None,
     )
     if is_remote(out):
-        files, inner = filesystem(_parts(out))
+        files, inner = filesystem(parts_of(out))
         with contextlib.suppress(FileNotFoundError):
             files.rm(inner, recursive=True)
     else:
-        shutil.rmtree(_parts(out), ignore_errors=True)
+        shutil.rmtree(parts_of(out), ignore_errors=True)
     skipped = sum(reports[job.name]["skipped"] for job in jobs)
     return _result(json.loads(read_file(join(out, MANIFEST))), out, begun, skipped)
 

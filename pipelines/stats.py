@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffmae_video.data.decode import read_clips, read_image
+from diffmae_video.data.decode import read_clips
+from diffmae_video.data.images import read_image
 from diffmae_video.data.remote import write_file
 from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
 from diffmae_video.errors import DataError

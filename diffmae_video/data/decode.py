@@ -1,4 +1,4 @@
-"""Decode frames, clips and images from untrusted bytes, touching as little as the wanted frames need.
+"""Decode frames and clips from untrusted bytes, touching as little as the wanted frames need.
 
 `Video` opens a file from memory with a fixed demuxer, no protocols and one FFmpeg thread. Frame `i` always means the
 i-th frame that decoding the whole stream would yield. Three strategies reach it, the first that is exact wins:
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,16 +21,23 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from diffmae_video.data.media import DEFAULT_LIMITS, IMAGE_FORMATS, Limits, demuxer_of, describe, read_bytes, sniff
+from diffmae_video.data.media import DEFAULT_LIMITS, Limits, demuxer_of, read_bytes
+from diffmae_video.data.packets import (
+    StoredPacket,
+    Unusable,
+    has_turned_track,
+    is_hidden,
+    is_unreferenced,
+    nal_length,
+    presentation,
+)
+from diffmae_video.data.paint import Box, Canvas
 from diffmae_video.errors import DataError
 
 if TYPE_CHECKING:  # sharding workers probe without torch
-    from PIL import Image
     from torch import Tensor
 
 Source = bytes | str | Path
-Box = tuple[int, int, int, int]
-"""A crop in pixels of the displayed frame: left, top, width, height."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,23 @@ class Video:
     Args:
         source: bytes, or the path of a local file.
         limits: bounds that are checked before frames are decoded.
+        known: the caller knows frame count and size (shards: from the manifest), so FFmpeg's look into the stream,
+            a tenth of the cost of a clip, is left out for MP4; `info` is then what the header declares.
 
     Raises:
         DataError: no video, no decodable video stream, or beyond the limits.
     """
 
-    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS):
+    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS, known: bool = False):
         self.name = "The video" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
         self.data = read_bytes(source, limits)
         self.limits = limits
         self.format = demuxer_of(self.data)
-        self._table: list[_Packet] | None = None
+        self.known = known and self.format == "mov"
+        self._table: list[StoredPacket] | None = None
         self._counted: int | None = None
         self._rotation: int | None = None
+        self._clock: tuple[int, int, Fraction | None] | None = None
         self._dirty = False
         self.errors = 0
         """Packets that failed in the last pass of `decode_all`."""
@@ -86,12 +98,13 @@ class Video:
     def _open(self) -> None:
         options = {"format_whitelist": self.format, "max_pixels": str(self.limits.pixels)}
         if self.format == "mov":  # the header tells everything; skip the guess of the frame rate
-            options |= {"fpsprobesize": "0"}
+            options |= {"fpsprobesize": "0"} | ({"probesize": "32"} if self.known else {})
         try:
             self.container = av.open(
                 io.BytesIO(self.data),
                 format=self.format,
                 options=options,
+                stream_options=[{"skip_frame": "all"}] if self.known else None,
                 metadata_errors="replace",
                 io_open=_refuse,
                 buffer_size=1 << 16,
@@ -164,7 +177,7 @@ class Video:
     def rotation(self) -> int:
         """Clockwise turn that display needs, in degrees: 0, 90, 180 or 270 (the display matrix of the first frame)."""
         if self._rotation is None:
-            if self.format not in ("mov", "matroska") or (self.format == "mov" and not _turned(self.data)):
+            if self.format not in ("mov", "matroska") or (self.format == "mov" and not has_turned_track(self.data)):
                 self._rotation = 0
             else:
                 frame = next(iter(self.decode_all()), None)
@@ -204,55 +217,43 @@ class Video:
         """
         import torch
 
-        crops = crops or [None] * len(indices)
-        wanted: dict[int, list[tuple[int, int]]] = {}  # frame -> places (clip, slot)
-        for clip, numbers in enumerate(indices):
-            for slot, number in enumerate(numbers):
-                wanted.setdefault(int(number), []).append((clip, slot))
-        painters = [_Painter(crop, size, self.rotation) for crop in crops]
-        outputs: list[np.ndarray | None] = [None] * len(indices)
-        times = [np.full(len(numbers), np.nan) for numbers in indices]
-        missing = set(wanted)
-        last: tuple[int, av.VideoFrame] | None = None
-        for number, frame in self._frames_at(sorted(wanted)):
-            last = (number, frame) if last is None or number > last[0] else last
-            for clip, slot in wanted.get(number, ()):
-                outputs[clip] = painters[clip].paint(frame, outputs[clip], len(indices[clip]), slot)
-                times[clip][slot] = _time(frame, number, self.stream)
-            missing.discard(number)
-        if last is None:
-            raise DataError(f"{self.name} has no frame that can be decoded; replace or remove it.")
-        for number in missing:  # declared, yet not there: the last frame stands in
-            for clip, slot in wanted[number]:
-                outputs[clip] = painters[clip].paint(last[1], outputs[clip], len(indices[clip]), slot)
-                times[clip][slot] = _time(last[1], last[0], self.stream)
-        return [Clip(torch.from_numpy(out), torch.from_numpy(pts)) for out, pts in zip(outputs, times, strict=True)]
+        canvas = Canvas(indices, crops or [None] * len(indices), size, self.rotation)
+        numbers = sorted(canvas.wanted)
+        try:
+            for number, frame in self.frames_at(numbers):
+                canvas.take(number, frame, self._time(frame, number))
+        except (FFmpegError, Unusable):
+            canvas.missing = set(numbers)
+        if canvas.missing:
+            self._paint_from_start(canvas, numbers)
+        return [
+            Clip(torch.from_numpy(frames), torch.from_numpy(times))
+            for frames, times in zip(canvas.frames, canvas.times, strict=True)
+        ]
 
     # -- strategies ------------------------------------------------------------------------------------------------
 
-    def _frames_at(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (number, frame) for the wanted frames; falls back to plain decoding from the start."""
-        found: dict[int, av.VideoFrame] = {}
-        strategy = self._by_index if self._index() is not None else self._by_table
-        try:
-            for number, frame in strategy(numbers):
-                found[number] = frame
-        except (FFmpegError, _Unusable):
-            found = {}
-        if len(found) == len(numbers):
-            yield from found.items()
-            return
-        needed, last = set(numbers), None
+    def frames_at(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (number, frame) of ascending frame numbers in decode order, decoding only what they refer to.
+
+        Raises:
+            FFmpegError, Unusable: this video needs plain decoding; what came before is not to be trusted.
+        """
+        return self._by_index(numbers) if self._index() is not None else self._by_table(numbers)
+
+    def _paint_from_start(self, canvas: Canvas, numbers: list[int]) -> None:
+        """Plain decoding; where a declared frame is not there, the last one stands in."""
+        last: tuple[int, av.VideoFrame] | None = None
         for number, frame in enumerate(self.decode_all()):
             last = (number, frame)
-            if number in needed:
-                yield number, frame
+            canvas.take(number, frame, self._time(frame, number))
             if number >= numbers[-1]:
                 return
-        if last is not None:
-            self._counted = last[0] + 1
-            if last[0] not in needed:
-                yield last
+        if last is None:
+            raise DataError(f"{self.name} has no frame that can be decoded; replace or remove it.")
+        self._counted = last[0] + 1
+        for number in sorted(canvas.missing):
+            canvas.take(*last, self._time(last[1], last[0]), stands_for=number)
 
     def _index(self) -> list[tuple[int, bool]] | None:
         """(dts, is key) of every packet, when decode order is display order and the container has them all."""
@@ -277,26 +278,27 @@ class Video:
         keys = [number for number, entry in enumerate(entries) if entry[1]]
         starts = np.asarray(keys)[np.searchsorted(keys, numbers, side="right") - 1].tolist()
         needed = set(numbers)
-        position, packets = -1, iter(())  # position: number of the packet that comes next
+        position, packets, delay = -1, iter(()), None  # position: number of the packet that comes next
         for number, start in zip(numbers, starts, strict=True):
             if number >= len(entries):
-                raise _Unusable
+                raise Unusable
             if position < 0 or start > position + 48 or position > number:  # short gaps: reading on is cheaper
                 self._seek(entries[start][0])
                 position, packets = start, self._demux()
             while position <= number:
                 packet = next(packets, None)
                 if packet is None or packet.dts != entries[position][0]:
-                    raise _Unusable
+                    raise Unusable
                 if position >= start:  # between groups packets are read and dropped
+                    delay = packet.pts - packet.dts if delay is None else delay  # constant where nothing is reordered
                     frames = packet.decode()
-                    if len(frames) != 1 or frames[0].pts != packet.pts:
-                        raise _Unusable
+                    if len(frames) != 1 or frames[0].pts != packet.pts or packet.pts - packet.dts != delay:
+                        raise Unusable
                     if position in needed:
                         yield position, frames[0]
                 position += 1
 
-    def _packets(self) -> list[_Packet]:
+    def _packets(self) -> list[StoredPacket]:
         """Every packet of the stream, read once."""
         if self._table is None:
             self._rewind()
@@ -304,24 +306,24 @@ class Video:
             for packet in self._demux():
                 if packet.size == 0:
                     continue
-                hidden = packet.is_discard or _is_hidden(self.codec.name, packet)
-                self._table.append(_Packet(packet, packet.pts, packet.is_keyframe, hidden))
+                hidden = packet.is_discard or is_hidden(self.codec.name, packet)
+                self._table.append(StoredPacket(packet, packet.pts, packet.is_keyframe, hidden))
                 if len(self._table) > self.limits.frames:
                     raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
         return self._table
 
-    def _shown(self, table: list[_Packet]) -> list[int] | None:
-        return None if self.format == "avi" else _presentation(table)  # AVI has no times, and packets without a frame
+    def _shown(self, table: list[StoredPacket]) -> list[int] | None:
+        return None if self.format == "avi" else presentation(table)  # AVI has no times, and packets without a frame
 
     def _by_table(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """From a table of packets, decode only what the wanted frames refer to."""
         table = self._packets()
         order = self._shown(table)
         if order is None or numbers[-1] >= len(order):
-            raise _Unusable
+            raise Unusable
         places = {order[number]: number for number in numbers}  # place in decode order -> frame number
         by_pts = {table[place].pts: number for place, number in places.items()}
-        length = _nal_length(self.codec)
+        length = nal_length(self.codec)
         keys = [place for place, packet in enumerate(table) if packet.key]
         ranges: list[list[int]] = []
         for place in sorted(places):
@@ -333,18 +335,28 @@ class Video:
         codec = self.codec
         codec.flush_buffers()
         for start, stop in ranges:
-            frames: list[av.VideoFrame] = []
-            for place in range(start, stop + 1):
-                packet = table[place].packet
-                if place not in places and length and _is_unreferenced(packet, length):
+            for place in range(start, stop + 2):  # frames leave at once, so that the decoder has few buffers to fill
+                if place > stop:
+                    frames = codec.decode(None)
+                elif place not in places and length and is_unreferenced(table[place].packet, length):
                     continue
-                frames += packet.decode()
-            frames += codec.decode(None)
+                else:
+                    frames = table[place].packet.decode()
+                for frame in frames:
+                    number = by_pts.pop(frame.pts, None)
+                    if number is not None:
+                        yield number, frame
             codec.flush_buffers()
-            for frame in frames:
-                number = by_pts.pop(frame.pts, None)
-                if number is not None:
-                    yield number, frame
+
+    def _time(self, frame: av.VideoFrame, number: int) -> float:
+        """When a frame is shown, seconds; by the frame rate where the file has no times (AVI has only an order)."""
+        if self._clock is None:
+            base, rate = self.stream.time_base, self.stream.average_rate or self.stream.guessed_rate
+            self._clock = (base.numerator, base.denominator, rate)
+        numerator, denominator, rate = self._clock
+        if frame.pts is not None and self.format != "avi":
+            return frame.pts * numerator / denominator
+        return float(number / rate) if rate else float("nan")
 
     def _demux(self) -> Iterator[av.Packet]:
         try:
@@ -365,148 +377,13 @@ class Video:
         self._dirty = True
 
 
-class _Unusable(Exception):
-    """A strategy met something it cannot be exact about."""
-
-
-@dataclass
-class _Packet:
-    packet: av.Packet
-    pts: int | None
-    key: bool
-    hidden: bool
-
-
-def _presentation(table: list[_Packet]) -> list[int] | None:
-    """Places of the shown packets in display order, or None where times do not tell."""
-    shown = [place for place, packet in enumerate(table) if not packet.hidden]
-    if not shown or not table[0].key:
-        return None
-    stamps = [table[place].pts for place in shown]
-    if any(stamp is None for stamp in stamps) or len(set(stamps)) != len(stamps):
-        return None
-    if any(packet.pts is None or packet.packet.is_corrupt for packet in table) or min(stamps) < table[0].pts:
-        return None
-    return [place for _, place in sorted(zip(stamps, shown, strict=True))]
-
-
-def _nal_length(codec: av.VideoCodecContext) -> int:
-    """Bytes of the length field before each NAL unit of an H.264 stream in AVCC form; 0 for anything else."""
-    extra = codec.extradata
-    if codec.name != "h264" or not extra or len(extra) < 7 or extra[0] != 1:
-        return 0
-    return (extra[4] & 3) + 1
-
-
-def _is_unreferenced(packet: av.Packet, length: int) -> bool:
-    """Whether no other frame refers to this H.264 packet (nal_ref_idc = 0 on its first slice; ITU-T H.264, 7.4.1)."""
-    data = memoryview(packet)
-    position = 0
-    while position + length < len(data):
-        header = data[position + length]
-        if 1 <= header & 0x1F <= 5:
-            return header & 0x60 == 0
-        position += length + int.from_bytes(data[position : position + length], "big")
-    return False
-
-
-def _is_hidden(codec: str, packet: av.Packet) -> bool:
-    """VP8 keeps frames that are only referred to in packets of their own (RFC 6386, 9.1: show_frame)."""
-    return codec in ("vp8", "libvpx") and packet.size > 0 and not memoryview(packet)[0] & 0x10
-
-
 def _is_cover(stream: av.VideoStream) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _turned(data: bytes) -> bool:
-    """Whether any track header of an MP4 asks for a turn: its matrix is not the identity (ISO 14496-12, 8.3.2)."""
-    start = 0
-    while (at := data.find(b"tkhd", start)) >= 0:
-        version = data[at + 4] if at + 4 < len(data) else 0
-        matrix = data[at + 4 + (52 if version else 40) :][:36]
-        if len(matrix) == 36 and matrix[:20] != _UPRIGHT:
-            return True
-        start = at + 4
-    return False
-
-
-_UPRIGHT = bytes.fromhex("00010000" + "00000000" * 3 + "00010000")
-
-
-def _time(frame: av.VideoFrame, number: int, stream: av.VideoStream) -> float:
-    """When a frame is shown, seconds; by the frame rate where the file has no times."""
-    if frame.pts is not None and stream.container.format.name != "avi":  # AVI stores no times, only an order
-        return float(frame.pts * stream.time_base)
-    rate = stream.average_rate or stream.guessed_rate
-    return float(number / rate) if rate else float("nan")
 
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     return text.split("\n")[0]
-
-
-class _Painter:
-    """Turn frames of one clip into uint8 (T, C, H, W): crop and scale in one swscale context, to planar RGB."""
-
-    def __init__(self, crop: Box | None, size: tuple[int, int] | None, rotation: int):
-        self.crop, self.size, self.rotation = crop, size, rotation
-        self.reformatter = VideoReformatter()
-        self.graph, self.graph_key = None, None
-
-    def paint(self, frame: av.VideoFrame, out: np.ndarray | None, length: int, slot: int) -> np.ndarray:
-        if self.rotation:  # rare: shards hold upright frames
-            upright = np.rot90(
-                self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), -self.rotation // 90
-            )
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
-        left, top, width, height = self.crop or (0, 0, frame.width, frame.height)
-        if self.crop and (left < 0 or top < 0 or left + width > frame.width or top + height > frame.height):
-            raise ValueError(f"crop {self.crop} does not fit a frame of {frame.width}x{frame.height}")
-        rows, columns = self.size or ((height, width) if out is None else out.shape[-2:])
-        if out is None:
-            out = np.empty((length, 3, rows, columns), np.uint8)
-        if (rows, columns) == (
-            height,
-            width,
-        ) and frame.width % 32:  # swscale leaves the tail of such gbrp rows unwritten
-            rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            out[slot] = rgb[top : top + rows, left : left + columns].transpose(2, 0, 1)
-            return out
-        if (rows, columns) == (height, width):
-            planar, y, x = self.reformatter.reformat(frame, format="gbrp", threads=1), top, left
-        elif self.crop is None:
-            planar, y, x = self.reformatter.reformat(frame, columns, rows, "gbrp", threads=1), 0, 0
-        else:
-            planar, y, x = self._through_graph(frame, (rows, columns)), 0, 0
-        for channel, plane in enumerate((planar.planes[2], planar.planes[0], planar.planes[1])):  # G, B, R in memory
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            out[slot, channel] = pixels[y : y + rows, x : x + columns]
-        return out
-
-    def _through_graph(self, frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
-        key = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
-        if key != self.graph_key:
-            left, top, width, height = self.crop
-            graph = av.filter.Graph()
-            graph.threads = 1
-            nodes = [
-                graph.add(
-                    "buffer",
-                    f"video_size={key[0]}x{key[1]}:pix_fmt={key[2]}:time_base=1/1000:colorspace={key[3]}:range={key[4]}",
-                ),
-                graph.add("crop", f"{width}:{height}:{left}:{top}"),
-                graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"),
-                graph.add("format", "gbrp"),
-                graph.add("buffersink"),
-            ]
-            for source, target in pairwise(nodes):
-                source.link_to(target)
-            graph.configure()
-            self.graph, self.graph_key = graph, key
-        self.graph.vpush(frame)
-        return self.graph.vpull()
 
 
 def probe(source: Source, limits: Limits = DEFAULT_LIMITS, exact: bool = False) -> VideoInfo:
@@ -556,7 +433,7 @@ class VideoReader:
         for number, frame in enumerate(self.video.decode_all()):
             first = first or (frame.width, frame.height)  # a stream may change size midway: keep the first
             rgb = reformatter.reformat(frame, *first, format="rgb24", threads=1).to_ndarray()
-            pts = _time(frame, number, self.video.stream)
+            pts = self.video._time(frame, number)
             yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb, float(pts)
 
     def close(self) -> None:
@@ -568,44 +445,3 @@ class VideoReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def open_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Open an image with the reader that its first bytes name; pixels are not decoded yet.
-
-    Raises:
-        DataError: not an image of a known kind, or beyond the limits.
-    """
-    from PIL import Image
-
-    name = "The image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
-    data = read_bytes(source, limits)
-    kind = sniff(data[:1024])
-    kind = "GIF" if kind == "gif" else kind.removeprefix("image:") if kind and kind.startswith("image:") else None
-    if kind not in IMAGE_FORMATS:
-        raise DataError(f"{name} is not a readable image: it is {describe(data[:1024])}; replace or remove it.")
-    try:
-        image = Image.open(io.BytesIO(data), formats=[kind])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded ({_reason(error)}); replace or remove it.") from error
-    if image.width * image.height > limits.pixels:
-        size = f"{image.width}x{image.height}"
-        raise DataError(f"{name} has {size} pixels, beyond the limit of {limits.pixels}; leave it out.")
-    return image
-
-
-def read_image(source: Source, limits: Limits = DEFAULT_LIMITS) -> Tensor:
-    """Decode an image to uint8 (C, H, W), upright, RGB (alpha dropped, palettes and grey expanded).
-
-    Raises:
-        DataError: not an image of a known kind, damaged, or beyond the limits.
-    """
-    import torch
-    from PIL import ImageOps
-
-    with open_image(source, limits) as image:
-        try:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"The image cannot be decoded ({_reason(error)}); replace or remove it.") from error
-        return torch.from_numpy(np.asarray(upright).transpose(2, 0, 1).copy())  # (C, H, W)

@@ -1,7 +1,7 @@
 """Find the samples of a data set on disk, in the layouts people have them in.
 
-Every layout is one function `(tree, options) -> Listing`. A listing holds each annotated or found file exactly once,
-either as an Item or as a Rejection, so that counts add up: found = written + rejected.
+A listing holds each annotated or found file exactly once, either as an Item or as a Rejection, so that counts add up:
+found = written + rejected. Published data sets stand in published.py; here are lists, tables and plain folders.
 """
 
 from __future__ import annotations
@@ -9,93 +9,27 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import posixpath
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
-from diffmae_video.data.remote import filesystem, is_remote, join, read_file
+from diffmae_video.data.listing import (
+    IMAGE_EXTENSIONS,
+    SPLITS,
+    VIDEO_EXTENSIONS,
+    Item,
+    Listing,
+    Rejection,
+    Tree,
+    number_of,
+    split_of,
+)
+from diffmae_video.data.published import hmdb51, imagenet, kinetics, ssv2, ucf101
 from diffmae_video.errors import DataError, UsageError
 
-VIDEO_EXTENSIONS = frozenset(
-    (
-        *("mp4", "m4v", "mov", "webm", "mkv", "avi", "flv", "wmv", "mpg", "mpeg", "mpe", "ts", "m2ts", "3gp", "gif"),
-        *("ogv", "h264", "264", "swf"),
-    )
-)
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm"])
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val"}
-SPLITS |= {"test": "test", "testing": "test"}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One input: where it is, what it becomes."""
-
-    path: str
-    """Path below the source folder, `/` between parts."""
-    split: str
-    label: str | None
-    start: float | None = None
-    """Seconds; with `end`, the annotated span that `--trim` cuts out."""
-    end: float | None = None
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """One input that does not become a sample, and why."""
-
-    path: str
-    split: str
-    reason: str
-    """Short kind: missing, unannotated, unreadable, timeout, ..."""
-    detail: str = ""
-
-
-@dataclass
-class Listing:
-    """All inputs of a data set."""
-
-    layout: str
-    items: list[Item] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    """Class names in label order; empty when nothing is labelled."""
-
-
-class Tree:
-    """Files below a local folder or URL, listed once."""
-
-    def __init__(self, root: str, extensions: frozenset[str]):
-        self.root, self.extensions = root, extensions
-        self.paths = sorted(self._walk())
-        self.media = [path for path in self.paths if _is_media(path, extensions)]
-        self.present = frozenset(self.paths)
-
-    def _walk(self) -> Iterable[str]:
-        import os
-
-        if is_remote(self.root):
-            files, inner = filesystem(self.root)
-            base = inner.rstrip("/") + "/"
-            return [path[len(base) :] for path in files.find(inner) if path.startswith(base)]
-        found = []
-        for folder, names, files in os.walk(self.root, followlinks=True):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            relative = os.path.relpath(folder, self.root).replace(os.sep, "/")
-            found += [name if relative == "." else f"{relative}/{name}" for name in files if not name.startswith(".")]
-        return found
-
-    def text(self, path: str) -> str:
-        """A text file of the tree."""
-        return read_file(join(self.root, path)).decode("utf-8-sig", errors="replace")
-
-
-def _is_media(path: str, extensions: frozenset[str]) -> bool:
-    name = posixpath.basename(path)
-    return "." not in name or name.rpartition(".")[2].lower() in extensions
+_LISTS = SPLITS | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
+_PATH_COLUMNS = {"path", "file", "filename", "filepath", "file_path", "video", "video_path", "clip"}
 
 
 def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: int = 1) -> Listing:
@@ -135,12 +69,12 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
         raise DataError(f"{source} holds no {kind} files; give the folder that holds them.")
     if not listing.classes:
         listing.classes = sorted({item.label for item in listing.items if item.label is not None})
-    listing.items = _with_keys(listing.items)
+    listing.items = [replace(item, size=tree.size(item.path)) for item in _with_keys(listing.items)]
     return listing
 
 
 def _guess(tree: Tree) -> str:
-    for name in ("ssv2", "ucf101", "hmdb51", "kinetics", "lists", "table", "imagenet", "folders"):
+    for name in ("ssv2", "ucf101", "hmdb51", "kinetics", "imagenet", "lists", "table", "folders"):
         if LAYOUTS[name](tree, 1) is not None:
             return name
     return "flat"
@@ -163,62 +97,6 @@ def _with_keys(items: list[Item]) -> list[Item]:
     return [item for _, item in keyed]
 
 
-# -- layouts -------------------------------------------------------------------------------------------------------
-
-
-def _kinetics(tree: Tree, fold: int) -> Listing | None:
-    """Kinetics: {train,val,test}.csv beside flat folders, class folders, `videos_train/`, with or without times."""
-    tables = {}
-    for path in tree.paths:
-        name = posixpath.basename(path).lower()
-        if name.endswith(".csv") and path.count("/") <= 1:
-            split = next((SPLITS[part] for part in re.split(r"[^a-z]+", name[:-4]) if part in SPLITS), None)
-            if split and "youtube_id" in tree.text(path)[:400].lower():
-                tables.setdefault(split, path)
-    if not tables:
-        return None
-    by_stem: dict[tuple[str | None, str], str] = {}
-    by_id: dict[tuple[str | None, str], list[str]] = {}
-    replaced: dict[str, str] = {}
-    for path in tree.media:
-        stem = posixpath.splitext(posixpath.basename(path))[0]
-        split = _split_of(path)
-        if path.startswith("replacement"):
-            replaced[stem] = path
-        else:
-            by_stem.setdefault((split, stem), path)
-            by_id.setdefault((split, stem[:11]), []).append(path)
-    listing, taken = Listing("kinetics"), set()
-    for split, table in tables.items():
-        for row in csv.DictReader(io.StringIO(tree.text(table))):
-            row = {(name or "").strip().lower(): (value or "").strip() for name, value in row.items() if name}
-            video = row.get("youtube_id", "")[:11]
-            start, end = _number(row.get("time_start")), _number(row.get("time_end"))
-            if not video:
-                continue
-            stem = f"{video}_{int(start or 0):06d}_{int(end or 0):06d}"
-            path = by_stem.get((split, stem)) or by_stem.get((None, stem)) or replaced.get(stem)
-            for place in (split, None):  # some copies drop the times from the name
-                path = path or next((p for p in by_id.get((place, video), ()) if _stem(p) == video), None)
-            label = row.get("label", "").strip('"') or None
-            if path is None:
-                listing.rejected.append(Rejection(f"{stem}.mp4", split, "missing", f"{table} names it"))
-            elif path in taken:
-                listing.rejected.append(Rejection(path, split, "duplicate", f"{table} names it twice"))
-            else:
-                taken.add(path)
-                if stem in replaced and path != replaced[stem]:
-                    taken.add(replaced[stem])
-                    path = replaced[stem]
-                whole = _stem(path) != stem  # the file is the uncut video
-                listing.items.append(Item(path, split, label, start if whole else None, end if whole else None))
-    known = set(tables)
-    for path in tree.media:
-        if path not in taken and "." in posixpath.basename(path) and _split_of(path) in known:
-            listing.rejected.append(Rejection(path, _split_of(path), "unannotated", "no table names it"))
-    return listing
-
-
 def _lists(tree: Tree, fold: int) -> Listing | None:
     """Lists of mmaction2, SlowFast and VideoMAE: lines of `path label`, or `path total label`, without a header."""
     listing, found = Listing("lists"), False
@@ -228,7 +106,7 @@ def _lists(tree: Tree, fold: int) -> Listing | None:
         name = posixpath.basename(table).lower()
         if not name.endswith((".txt", ".csv")) or table.count("/") > 1:
             continue
-        split = next((SPLITS[part] for part in re.split(r"[^a-z]+", name) if part in SPLITS), None)
+        split = next((_LISTS[part] for part in re.split(r"[^a-z]+", name) if part in _LISTS), None)
         lines = [line for line in tree.text(table).splitlines() if line.strip()]
         parsed = [re.fullmatch(r"(.+?)[ ,](?:(-?\d+) )?(-?\d+)", line.strip()) for line in lines]
         if split is None or not lines or not all(parsed):
@@ -260,111 +138,17 @@ def _lists(tree: Tree, fold: int) -> Listing | None:
     return listing
 
 
-def _ssv2(tree: Tree, fold: int) -> Listing | None:
-    """Something-Something V2: JSON lists with templates; videos `<id>.webm` or `.mp4`."""
-    tables = {}
-    for path in tree.paths:
-        match = re.search(r"(?:something-something-v2-|^|/)(labels|train|validation|test)\.json$", path)
-        if match:
-            tables[match[1]] = path
-    if "labels" not in tables or "train" not in tables:
-        return None
-    names = json.loads(tree.text(tables["labels"]))
-    listing = Listing("ssv2", classes=[name for name, _ in sorted(names.items(), key=lambda pair: int(pair[1]))])
-    files = {_stem(path): path for path in tree.media}
-    for table, split in (("train", "train"), ("validation", "val"), ("test", "test")):
-        for row in json.loads(tree.text(tables[table])) if table in tables else ():
-            path = files.get(str(row["id"]))
-            label = row["template"].replace("[", "").replace("]", "") if "template" in row else None
-            if path is None:
-                listing.rejected.append(Rejection(f"{row['id']}.webm", split, "missing", f"{tables[table]} names it"))
-            elif label is not None and label not in names:
-                listing.rejected.append(Rejection(path, split, "label", f"{label!r} is not in {tables['labels']}"))
-            else:
-                listing.items.append(Item(path, split, label))
-    return listing
-
-
-def _ucf101(tree: Tree, fold: int) -> Listing | None:
-    """UCF101: classInd.txt and {train,test}list0N.txt; the test list becomes split `val`."""
-    tables = {posixpath.basename(path): path for path in tree.paths if path.endswith(".txt")}
-    if "classInd.txt" not in tables:
-        return None
-    classes = dict(line.split()[::-1] for line in tree.text(tables["classInd.txt"]).splitlines() if line.strip())
-    listing = Listing("ucf101", classes=[name for name, _ in sorted(classes.items(), key=lambda pair: int(pair[1]))])
-    files = {_stem(path): path for path in tree.media}
-    for name, split in ((f"trainlist0{fold}.txt", "train"), (f"testlist0{fold}.txt", "val")):
-        for line in tree.text(tables[name]).splitlines() if name in tables else ():
-            if line.strip():
-                relative = line.split()[0]
-                path = files.get(_stem(relative))
-                if path is None:
-                    listing.rejected.append(Rejection(relative, split, "missing", f"{name} names it"))
-                else:
-                    listing.items.append(Item(path, split, relative.split("/")[0]))
-    return listing
-
-
-def _hmdb51(tree: Tree, fold: int) -> Listing | None:
-    """HMDB51: `<class>_test_splitN.txt` with 1 = train, 2 = test (split `val`), 0 = not used."""
-    tables = [path for path in tree.paths if path.endswith(f"_test_split{fold}.txt")]
-    if not tables:
-        return None
-    listing = Listing("hmdb51")
-    files = {_stem(path): path for path in tree.media}
-    for table in tables:
-        label = posixpath.basename(table).removesuffix(f"_test_split{fold}.txt")
-        for line in tree.text(table).splitlines():
-            name, _, use = line.strip().rpartition(" ")
-            if use in ("1", "2"):
-                split = "train" if use == "1" else "val"
-                path = files.get(_stem(name.strip()))
-                if path is None:
-                    listing.rejected.append(Rejection(name.strip(), split, "missing", f"{table} names it"))
-                else:
-                    listing.items.append(Item(path, split, label))
-    return listing
-
-
-def _imagenet(tree: Tree, fold: int) -> Listing | None:
-    """ImageNet: train/<wnid>/; val/<wnid>/, or flat val with a ground-truth list (wnid or 1-based number a line)."""
-    wnids = sorted({p.split("/")[-2] for p in tree.media if re.fullmatch(r"n\d{8}", ("/" + p).split("/")[-2])})
-    if not wnids:
-        return None
-    listing = Listing("imagenet", classes=wnids)
-    truth: dict[str, str] = {}
-    flat = sorted(path for path in tree.media if _split_of(path) == "val" and path.split("/")[-2] not in wnids)
-    for path in tree.paths:
-        if re.search(r"(ground_truth|val(idation)?(_labels)?|LOC_val_solution)\.(txt|csv)$", path):
-            lines = [line for line in tree.text(path).splitlines() if line.strip() and not line.startswith("ImageId")]
-            for number, line in enumerate(lines):
-                parts = re.split(r"[ ,]+", line.strip())
-                name = parts[0] if len(parts) > 1 else _stem(flat[number]) if number < len(flat) else ""
-                value = parts[1] if len(parts) > 1 else parts[0]
-                if value.isdigit():  # one-based in the official list, zero-based with a file name
-                    place = int(value) - (1 if len(parts) == 1 else 0)
-                    value = wnids[place] if 0 <= place < len(wnids) else value
-                truth[_stem(name)] = value
-    for path in tree.media:
-        split, parent = _split_of(path) or "train", path.split("/")[-2] if "/" in path else ""
-        label = parent if parent in wnids else truth.get(_stem(path))
-        if label is None and split != "test":
-            listing.rejected.append(Rejection(path, split, "unannotated", "no class folder and no ground truth"))
-        else:
-            listing.items.append(Item(path, split, label))
-    return listing
-
-
 def _folders(tree: Tree, fold: int) -> Listing | None:
     """Class folders, directly or below split folders; underscores in names stay as they are."""
-    parts = [path.split("/") for path in tree.media]
+    media = [path for path in tree.media if "/" in path or "." in path]  # README, LICENSE at the top are no clips
+    parts = [path.split("/") for path in media]
     if not parts or any(len(part) < 2 for part in parts):
         return None
-    if all(len(part) == 2 and _split_of("/".join(part)) for part in parts):
+    if all(len(part) == 2 and split_of("/".join(part)) for part in parts):
         return None  # split folders without classes
     listing = Listing("folders")
-    for path, part in zip(tree.media, parts, strict=True):
-        split = _split_of(path)
+    for path, part in zip(media, parts, strict=True):
+        split = split_of(path)
         label = part[-2] if len(part) > 2 or not split else None
         listing.items.append(Item(path, split or "train", label))
     return listing
@@ -372,7 +156,7 @@ def _folders(tree: Tree, fold: int) -> Listing | None:
 
 def _flat(tree: Tree, fold: int) -> Listing:
     """Unlabelled files, wherever they are."""
-    return Listing("flat", items=[Item(path, _split_of(path) or "train", None) for path in tree.media])
+    return Listing("flat", items=[Item(path, split_of(path) or "train", None) for path in tree.media])
 
 
 def _any_table(tree: Tree, fold: int) -> Listing | None:
@@ -380,7 +164,7 @@ def _any_table(tree: Tree, fold: int) -> Listing | None:
     for path in tree.paths:
         if "/" not in path and path.lower().endswith((".csv", ".tsv")):
             head = re.split(r"[,\t]", (tree.text(path).splitlines() or [""])[0].lower())
-            if {"path", "file", "filename", "video"} & {name.strip() for name in head}:
+            if _PATH_COLUMNS & {name.strip() for name in head}:
                 return _table(tree, path)
     return None
 
@@ -393,62 +177,41 @@ def _table(tree: Tree, name: str) -> Listing:
     if not rows:
         raise DataError(f"{tree.root}/{name} is empty; give a table with the columns path,label.")
     head = [cell.strip().lower() for cell in rows[0]]
-    aliases = {"file": "path", "filename": "path", "video": "path", "class": "label", "time_start": "start"}
-    head = [aliases.get(cell, {"time_end": "end"}.get(cell, cell)) for cell in head]
+    aliases = {"time_start": "start", "time_end": "end", "class": "label"} | dict.fromkeys(_PATH_COLUMNS, "path")
+    head = [aliases.get(cell, cell) for cell in head]
     if "path" in head:
         rows = rows[1:]
     else:
         head = ["path", "label", "split", "start", "end"][: len(rows[0])]
-    listing = Listing("table")
+    listing, taken = Listing("table"), set()
     for row in rows:
         cells = dict(zip(head, (cell.strip() for cell in row), strict=False))
         path = posixpath.normpath(cells.get("path", "").replace("\\", "/"))
         given = cells.get("split", "").lower()
-        split = SPLITS.get(given, given) or _split_of(path) or "train"
+        given = re.sub(r"[^a-z0-9_-]", "_", given)[:40]  # it names files
+        split = SPLITS.get(given, given) or split_of(path) or "train"
         if path.startswith(("../", "/")):
             listing.rejected.append(Rejection(path, split, "outside", "the path leaves the folder of the table"))
         elif path not in tree.present:
             listing.rejected.append(Rejection(path, split, "missing", f"{name} names it"))
         else:
-            start, end = _number(cells.get("start")), _number(cells.get("end"))
+            start, end = number_of(cells.get("start")), number_of(cells.get("end"))
+            if (path, split, start, end) in taken:
+                listing.rejected.append(Rejection(path, split, "duplicate", f"{name} names it twice"))
+                continue
+            taken.add((path, split, start, end))
             listing.items.append(Item(path, split, cells.get("label") or None, start, end))
     return listing
 
 
 LAYOUTS: dict[str, Callable[[Tree, int], Listing | None]] = {
-    "kinetics": _kinetics,
+    "kinetics": kinetics,
     "lists": _lists,
-    "ssv2": _ssv2,
-    "ucf101": _ucf101,
-    "hmdb51": _hmdb51,
-    "imagenet": _imagenet,
+    "ssv2": ssv2,
+    "ucf101": ucf101,
+    "hmdb51": hmdb51,
+    "imagenet": imagenet,
     "folders": _folders,
     "table": _any_table,
     "flat": _flat,
 }
-
-
-def _stem(path: str) -> str:
-    return posixpath.splitext(posixpath.basename(path))[0]
-
-
-def _split_of(path: str) -> str | None:
-    """The split that a folder of the path names: `train/`, `videos_val/`, `Validation/`."""
-    for part in path.split("/")[:-1]:
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLITS and part.lower() in (
-                word,
-                f"videos_{word}",
-                f"{word}_256",
-                f"{word}_320",
-                f"{word}_videos",
-            ):
-                return SPLITS[word]
-    return None
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None

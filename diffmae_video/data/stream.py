@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffmae_video.config import DataSettings, Settings, SourceSettings
 from diffmae_video.data.datasets import is_directional
-from diffmae_video.data.decode import Video, open_image
+from diffmae_video.data.decode import Video
+from diffmae_video.data.images import open_image
 from diffmae_video.data.order import clip_seeds, epoch_order, label_subset, mix
 from diffmae_video.data.remote import is_remote
 from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
@@ -407,11 +408,11 @@ class _Clips(Dataset):
             return self._read_image(stored.data, generators)
         if stored.suffix not in MEDIA_SUFFIXES["video"]:
             raise DataError(f"Sample {stored.key} is a .{stored.suffix}, which is never decoded.")
-        with Video(stored.data) as video:
-            frames, width, height = (
-                int(column[sample]) for column in (self.table.frames, self.table.width, self.table.height)
-            )
-            if not (frames and width and height):
+        columns = (self.table.frames, self.table.width, self.table.height)
+        frames, width, height = (int(column[sample]) for column in columns)
+        known = bool(frames and width and height)
+        with Video(stored.data, known=known) as video:
+            if not known:
                 info = video.info
                 frames, width, height = info.frames, info.width, info.height
             indices = [self.frame_numbers(frames, generator) for generator in generators]

@@ -38,6 +38,9 @@ class TranscodeOptions:
     b_frames: int = 3
     """Between two reference frames; nothing refers to them, so a reader drops those that no clip wants."""
     tune: str = "fastdecode"
+    x264: str = "mbtree=0:rc-lookahead=0:ipratio=1.7:pbratio=1.5"
+    """x264's own settings. Its macroblock tree is off because its bytes depend on the processor and, with AVX-512, on
+    what memory held before; finer key frames and coarser B frames give back half of its gain (docs/data.md)."""
     quality: int = 92
     """JPEG quality of images that are scaled."""
     min_frames: int = 1
@@ -109,6 +112,8 @@ def _encode(data: bytes, options: TranscodeOptions, span: tuple[float, float] | 
                 out.mux(stream.encode(scaled))
                 count += 1
                 end = time
+            if stream is None and options.trim and span:
+                raise DataError(f"No frame lies between {span[0]:g} and {span[1]:g} s; is the file cut already?")
             if stream is None:
                 raise DataError("The video has no frame that can be decoded; replace or remove it.")
             out.mux(stream.encode())
@@ -127,8 +132,8 @@ def _add_stream(out: Any, size: tuple[int, int], rate: Fraction, options: Transc
     settings |= {"keyint_min": str(options.gop), "sc_threshold": "0"}
     if options.tune:
         settings["tune"] = options.tune
-    if options.b_frames:
-        settings["x264-params"] = "b-adapt=0:b-pyramid=none"
+    fixed = ["b-adapt=0", "b-pyramid=none"] if options.b_frames else []
+    settings["x264-params"] = ":".join([*fixed, *filter(None, [options.x264])])
     stream = out.add_stream("libx264", rate=rate, options=settings)
     stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
     stream.codec_context.time_base = Fraction(1, 90_000)
@@ -181,7 +186,7 @@ def _resampled(frames: Iterator[tuple[Any, float]], rate: Fraction) -> Iterator[
 def _image(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:
     from PIL import Image, ImageOps
 
-    from diffmae_video.data.decode import open_image
+    from diffmae_video.data.images import open_image
 
     with open_image(data, options.limits) as image:
         image.load()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffmae_video.data.decode import Source, Video, read_image
+from diffmae_video.data.decode import Source, Video
+from diffmae_video.data.images import read_image
 from diffmae_video.data.media import sniff
 from diffmae_video.data.shards import Manifest, ShardReader
 from diffmae_video.errors import DataError

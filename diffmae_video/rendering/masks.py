@@ -6,6 +6,7 @@ pictures, a mask video; white is hidden), or a box that moves between key frames
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import cv2
 import numpy as np
 import torch
 
-from diffmae_video.data.decode import VideoReader, read_image
+from diffmae_video.data.decode import VideoReader
+from diffmae_video.data.images import read_image
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import DEFAULT_RATIOS, MASK_KINDS, make_mask
 
@@ -166,8 +168,9 @@ def _box(text: str, value: str, canvas: Canvas) -> FrameMask:
 
 def _rectangle(corners: Sequence[float], canvas: Canvas) -> np.ndarray:
     left, top, width, height = corners
+    rows, columns = ([math.floor(n + 0.5) for n in ends] for ends in ((top, top + height), (left, left + width)))
     hidden = np.zeros((canvas.height, canvas.width), dtype=bool)
-    hidden[round(top) : round(top + height), round(left) : round(left + width)] = True
+    hidden[slice(*rows), slice(*columns)] = True
     return hidden
 
 

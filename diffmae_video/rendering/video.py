@@ -20,7 +20,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from diffmae_video.data.decode import Video, read_image
+from diffmae_video.data.decode import Video
+from diffmae_video.data.images import read_image
 from diffmae_video.data.media import sniff
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.rendering.masks import list_images

@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmae_video.data.decode import Video, VideoReader, probe, read_clips, read_image
+from diffmae_video.data.decode import Video, VideoReader, probe, read_clips
+from diffmae_video.data.images import read_image
 from diffmae_video.data.media import Limits
 from diffmae_video.errors import DataError
 
@@ -48,14 +49,15 @@ def reference(data: bytes) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("kind", STREAMS)
-def test_frames_by_number(kind: str) -> None:
+def test_frames_by_number(kind: str, known: bool) -> None:
     data = make_video(**STREAMS[kind])
     expected = reference(data)
     assert [read_number(frame) for frame in expected] == list(range(24))
     draw = random.Random(0)
     wanted = [sorted(draw.choices(range(24), k=5)), [23], [0], [20, 3, 3, 11], list(range(0, 24, 4))]
-    with Video(data) as video:
+    with Video(data, known=known) as video:
         assert video.info.frames == 24
         for _ in range(2):  # a second call finds the decoder used
             for clip, numbers in zip(video.clips(wanted), wanted, strict=True):
@@ -79,7 +81,7 @@ def test_unreferenced_packets_are_dropped(monkeypatch: pytest.MonkeyPatch) -> No
         table = video._packets()
         for entry in table:
             entry.packet = _Spy(entry.packet, decoded)
-        monkeypatch.setattr("diffmae_video.data.decode._is_unreferenced", _look_through)
+        monkeypatch.setattr("diffmae_video.data.decode.is_unreferenced", _look_through)
         out = dict(video._by_table([1, 5, 9, 13]))
     assert sorted(out) == [1, 5, 9, 13]
     assert len(decoded) < 12
@@ -263,14 +265,15 @@ def _check_against_full_decode(path: Path) -> None:
     draw = random.Random(str(path.name))
     wanted = [sorted(draw.choices(range(len(expected)), k=6)) for _ in range(3)]
     tails = [len(expected) - 1, 0]
-    with Video(path) as video:
-        deep = "0" in video.info.pixel_format[6:] or "12" in video.info.pixel_format
-        for clip, numbers in zip(video.clips([*wanted, tails]), [*wanted, tails], strict=True):
-            for got, number in zip(clip.frames, numbers, strict=True):
-                want = torch.from_numpy(expected[number].copy()).permute(2, 0, 1)
-                if got.shape == want.shape:
-                    # Neighbours differ by more; deep colour is dithered and its chroma scaled in another way.
-                    assert (got.float() - want.float()).abs().mean() < (4 if deep or path.suffix == ".ts" else 0.05)
+    deep = any(depth in probe(path).pixel_format[6:] for depth in ("10", "12"))
+    for known in (False, True):
+        with Video(path, known=known) as video:
+            for clip, numbers in zip(video.clips([*wanted, tails]), [*wanted, tails], strict=True):
+                for got, number in zip(clip.frames, numbers, strict=True):
+                    want = torch.from_numpy(expected[number].copy()).permute(2, 0, 1)
+                    if got.shape == want.shape:
+                        # Neighbours differ by more; deep colour is dithered and its chroma scaled in another way.
+                        assert (got.float() - want.float()).abs().mean() < (4 if deep or path.suffix == ".ts" else 0.05)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffmae_video.data.datasets import dataset_info, dataset_names, is_directional
@@ -59,6 +60,21 @@ def test_kinetics_replacements_and_uncut_files(tmp_path: Path) -> None:
     assert set(items) == {better, "val/bbbbbbbbbbb.mp4"}
     assert (items["val/bbbbbbbbbbb.mp4"].start, items["val/bbbbbbbbbbb.mp4"].end) == (2.0, 12.0)
     assert items[better].start is None
+
+
+def test_kinetics_spans_of_one_video_and_links_by_class(tmp_path: Path) -> None:
+    """An uncut file serves several rows; the class links that arrange_by_classes.py makes are the same clips."""
+    table = HEADER + "a,aaaaaaaaaaa,1,11,train,0\nb,aaaaaaaaaaa,30,40,train,0\nc,ccccccccccc,0,10,train,0\n"
+    table += "c,ccccccccccc,0,10,train,0\n"
+    link = "videos/train/c/ccccccccccc_000000_000010.mp4"
+    files = {"train/aaaaaaaaaaa.mp4": "", "train/ccccccccccc_000000_000010.mp4": "", link: "", "train.csv": table}
+    listing = list_samples(tree(tmp_path, files))
+    assert sorted((i.path, i.label, i.start) for i in listing.items if i.start is not None) == [
+        ("train/aaaaaaaaaaa.mp4", "a", 1.0),
+        ("train/aaaaaaaaaaa.mp4", "b", 30.0),
+    ]
+    assert len({item.key for item in listing.items}) == 3
+    assert sorted(one.reason for one in listing.rejected) == ["duplicate", "duplicate"]
 
 
 def test_lists_of_mmaction_and_slowfast(tmp_path: Path) -> None:
@@ -127,13 +143,40 @@ def test_imagenet_with_flat_val(tmp_path: Path) -> None:
         "train/n00000002/b.JPEG": "",
         "val/ILSVRC2012_val_00000001.JPEG": "",
         "val/ILSVRC2012_val_00000002.JPEG": "",
-        "ILSVRC2012_validation_ground_truth.txt": "2\n1\n",
+        "ILSVRC2012_validation_ground_truth.txt": "1\n2\n",
     }
+    with pytest.raises(DataError, match=r"map_clsloc\.txt"):  # the kit's numbers are in no order that one could guess
+        list_samples(tree(tmp_path, files), kind="image")
+    files["map_clsloc.txt"] = "n00000002 1 fox\nn00000001 2 setter\n"
     items, rejected = facts(tree(tmp_path, files), kind="image")
     assert items["val/ILSVRC2012_val_00000001.JPEG"] == ("val", "n00000002")
     assert items["val/ILSVRC2012_val_00000002.JPEG"] == ("val", "n00000001")
     assert items["train/n00000001/a.JPEG"] == ("train", "n00000001")
     assert not rejected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LOC_val_solution.csv", "ImageId,PredictionString\nx_1,n00000002 1 2 3 4\nx_2,n00000001 5 6 7 8\n"),
+        ("val.txt", "x_1.JPEG 1\nx_2.JPEG 0\n"),
+        ("val_labels.txt", "n00000002\nn00000001\n"),
+    ],
+)
+def test_imagenet_truth_of_kaggle_caffe_and_wnids(tmp_path: Path, name: str, text: str) -> None:
+    files = {"train/n00000001/a.JPEG": "", "train/n00000002/b.JPEG": "", "val/x_1.JPEG": "", "val/x_2.JPEG": ""}
+    items, _ = facts(tree(tmp_path, files | {name: text}), kind="image")
+    assert (items["val/x_1.JPEG"][1], items["val/x_2.JPEG"][1]) == ("n00000002", "n00000001")
+
+
+def test_imagenet_truth_of_the_kits_mat_file(tmp_path: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    files = {"train/n00000001/a.JPEG": "", "train/n00000002/b.JPEG": "", "val/x_1.JPEG": ""}
+    root = tree(tmp_path, files | {"data/ILSVRC2012_validation_ground_truth.txt": "1\n"})
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
+    rows = np.array([(1, "n00000002"), (2, "n00000001")], dtype=kind)
+    savemat(tmp_path / "data/meta.mat", {"synsets": rows})
+    assert facts(root, kind="image")[0]["val/x_1.JPEG"] == ("val", "n00000002")
 
 
 def test_table_with_spans_and_awkward_names(tmp_path: Path) -> None:
@@ -148,10 +191,27 @@ def test_table_with_spans_and_awkward_names(tmp_path: Path) -> None:
     assert listing.items[0].key.isascii()
 
 
+def test_lists_of_videomae(tmp_path: Path) -> None:
+    """`path 0 -1` has no label; ids of absolute paths elsewhere are found by their tail."""
+    files = {"a/x 1.mp4": "", "a/y.mp4": "", "pretrain.csv": "a/x 1.mp4 0 -1\n/data/k400/a/y.mp4 0 -1\n"}
+    items, rejected = facts(tree(tmp_path, files))
+    assert items == {"a/x 1.mp4": ("train", None), "a/y.mp4": ("train", None)}
+    assert not rejected
+
+
+def test_tables_name_files_once_and_splits_are_names(tmp_path: Path) -> None:
+    text = "path,label,split\na.mp4,x,../../up\na.mp4,x,../../up\nb.mp4,y,val\n"
+    listing = list_samples(tree(tmp_path, {"a.mp4": "", "b.mp4": "", "t.csv": text}))
+    assert [item.split for item in listing.items] == ["______up", "val"]
+    assert [one.reason for one in listing.rejected] == ["duplicate"]
+
+
 def test_folders_and_unlabelled(tmp_path: Path) -> None:
     root = tree(tmp_path / "a", {"train/x/1.mp4": "", "validation/x/1.mp4": "", "test/y/2.mp4": ""})
     assert set(facts(root)[0].values()) == {("train", "x"), ("val", "x"), ("test", "y")}
     root = tree(tmp_path / "b", {"x/1.mp4": "", "y/1.mp4": ""})
+    assert facts(root)[0] == {"x/1.mp4": ("train", "x"), "y/1.mp4": ("train", "y")}
+    tree(tmp_path / "b", {"README": "", "LICENSE": ""})  # no clips, though names without a suffix may be
     assert facts(root)[0] == {"x/1.mp4": ("train", "x"), "y/1.mp4": ("train", "y")}
     assert len({item.key for item in list_samples(root).items}) == 2
     root = tree(tmp_path / "c", {"train/1.mp4": "", "val/2.mp4": ""})

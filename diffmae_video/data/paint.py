@@ -1,0 +1,108 @@
+"""Turn decoded frames into uint8 (T, C, H, W): crop and scale inside swscale, into planes of the output array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+Box = tuple[int, int, int, int]
+"""A crop in pixels of the displayed frame: left, top, width, height."""
+
+
+class Canvas:
+    """The clips of one video while its frames come in; frames may come in any order and more than once.
+
+    Args:
+        indices: frame numbers of each clip, in any order, repeats allowed.
+        crops: a box for each clip, or None for whole frames.
+        size: height and width to scale each crop to; None keeps the crop's own.
+        rotation: clockwise turn that display needs, degrees.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[Sequence[int]],
+        crops: Sequence[Box | None],
+        size: tuple[int, int] | None,
+        rotation: int,
+    ):
+        self.lengths = [len(numbers) for numbers in indices]
+        self.wanted: dict[int, list[tuple[int, int]]] = {}  # frame -> places (clip, slot)
+        for clip, numbers in enumerate(indices):
+            for slot, number in enumerate(numbers):
+                self.wanted.setdefault(int(number), []).append((clip, slot))
+        self.painters = [Painter(crop, size, rotation) for crop in crops]
+        self.frames: list[np.ndarray | None] = [None] * len(indices)
+        self.times = [np.full(length, np.nan) for length in self.lengths]
+        self.missing = set(self.wanted)
+
+    def take(self, number: int, frame: av.VideoFrame, time: float, stands_for: int | None = None) -> None:
+        """Paint frame `number` wherever it is wanted, or where the frame it stands in for is."""
+        number = number if stands_for is None else stands_for
+        for clip, slot in self.wanted.get(number, ()):
+            self.frames[clip] = self.painters[clip].paint(frame, self.frames[clip], self.lengths[clip], slot)
+            self.times[clip][slot] = time
+        self.missing.discard(number)
+
+
+class Painter:
+    """Crop, scale and convert the frames of one clip to planar RGB, in one swscale context for all of them."""
+
+    def __init__(self, crop: Box | None, size: tuple[int, int] | None, rotation: int):
+        self.crop, self.size, self.rotation = crop, size, rotation
+        self.reformatter = VideoReformatter()
+        self.graph, self.graph_key = None, None
+
+    def paint(self, frame: av.VideoFrame, out: np.ndarray | None, length: int, slot: int) -> np.ndarray:
+        """Write a frame into `out[slot]`; without `out`, make the array of `length` frames first."""
+        if self.rotation:  # rare: shards hold upright frames
+            pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            upright = np.ascontiguousarray(np.rot90(pixels, -self.rotation // 90))
+            frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
+        left, top, width, height = self.crop or (0, 0, frame.width, frame.height)
+        if self.crop and (left < 0 or top < 0 or left + width > frame.width or top + height > frame.height):
+            raise ValueError(f"crop {self.crop} does not fit a frame of {frame.width}x{frame.height}")
+        rows, columns = self.size or ((height, width) if out is None else out.shape[-2:])
+        if out is None:
+            out = np.empty((length, 3, rows, columns), np.uint8)
+        y, x = 0, 0
+        if (rows, columns) == (height, width):
+            if left + width > frame.width - frame.width % 32:  # swscale leaves the tail of gbrp rows unwritten
+                rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                out[slot] = rgb[top : top + rows, left : left + columns].transpose(2, 0, 1)
+                return out
+            planar, y, x = self.reformatter.reformat(frame, format="gbrp", threads=1), top, left
+        elif self.crop is None:
+            planar = self.reformatter.reformat(frame, columns, rows, "gbrp", threads=1)
+        else:
+            planar = self._through_graph(frame, (rows, columns))
+        for channel, plane in enumerate((planar.planes[2], planar.planes[0], planar.planes[1])):  # G, B, R in memory
+            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            out[slot, channel] = pixels[y : y + rows, x : x + columns]
+        return out
+
+    def _through_graph(self, frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
+        """Crop and scale in one pass: FFmpeg's crop moves pointers, so only the box is converted."""
+        key = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
+        if key != self.graph_key:
+            left, top, width, height = self.crop
+            graph = av.filter.Graph()
+            graph.threads = 1
+            layout = f"video_size={key[0]}x{key[1]}:pix_fmt={key[2]}:colorspace={key[3]}:range={key[4]}"
+            nodes = [
+                graph.add("buffer", f"{layout}:time_base=1/1000"),
+                graph.add("crop", f"{width}:{height}:{left}:{top}"),
+                graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"),
+                graph.add("format", "gbrp"),
+                graph.add("buffersink"),
+            ]
+            for source, target in pairwise(nodes):
+                source.link_to(target)
+            graph.configure()
+            self.graph, self.graph_key = graph, key
+        self.graph.vpush(frame)
+        return self.graph.vpull()

@@ -1,0 +1,90 @@
+"""The destination of a `shard` run: what it holds, whether that is ours, and what may be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffmae_video.data.remote import filesystem, is_remote, join, read_file
+from diffmae_video.data.shards import MANIFEST, TABLE
+from diffmae_video.errors import UsageError
+from diffmae_video.pipelines.shard_job import PARTS, is_there, parts_of
+
+REJECTED = "rejected.jsonl"
+
+
+def compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Look at what `out` holds: None to go on, the manifest's body when everything is done already."""
+    if is_remote(out):
+        files, inner = filesystem(out)
+        names = {path.rstrip("/").rpartition("/")[2] for path in files.find(inner)} if files.exists(inner) else set()
+    else:
+        if os.path.isfile(out):
+            raise UsageError(f"{out} is a file; name a folder for the shards.")
+        names = set(os.listdir(out)) if os.path.isdir(out) else set()
+    before, body = None, None
+    if MANIFEST in names:
+        try:
+            body = json.loads(read_file(join(out, MANIFEST)))
+            before = body.get("facts", {})
+        except (ValueError, AttributeError):
+            body, before = None, {}
+    else:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(read_file(join(parts_of(out), "run.json")))
+    if before is None and any(name.endswith(".tar") for name in names) and not overwrite:
+        raise UsageError(f"{out} holds tars that this command did not make; name another folder or give --overwrite.")
+    if before is not None and before.get("jobs") != record["jobs"]:
+        if not overwrite:
+            changed = _changes(before, record)
+            raise UsageError(f"{out} holds other shards: {changed}; name another folder or give --overwrite.")
+        body = None
+        _clear(out)
+    elif before is None and overwrite:
+        _clear(out)
+    if body is not None and all(is_there(out, info) for info in body["shards"]):
+        return body
+    if not is_remote(out):
+        os.makedirs(parts_of(out), exist_ok=True)
+        for leftover in Path(parts_of(out)).glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+    return None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if "jobs" not in before:
+        return "this command did not write their manifest"
+    told = []
+    if before.get("source") != now["source"]:
+        told.append(f"the source was {before.get('source')}")
+    if before.get("digest") != now["digest"]:
+        then, present = (f"{one.get('inputs')} files of {one.get('input_bytes')} bytes" for one in (before, now))
+        told.append(f"the input changed ({then} then, {present} now)")
+    old = before.get("options") or {}
+    told += [
+        f"{name} was {old.get(name)}, is {value}" for name, value in now["options"].items() if old.get(name) != value
+    ]
+    return ", ".join(told) or "the number of samples per shard changed"
+
+
+def _is_ours(name: str) -> bool:
+    return name in (MANIFEST, REJECTED, TABLE) or re.fullmatch(r"[a-z0-9_-]+-\d{6}\.tar", name) is not None
+
+
+def _clear(out: str) -> None:
+    """Remove what a former run left, and nothing else."""
+    if is_remote(out):
+        files, inner = filesystem(out)
+        for path in files.find(inner):
+            if _is_ours(path.rpartition("/")[2]) or f"/{PARTS}/" in path:
+                files.rm_file(path)
+        return
+    for path in Path(out).iterdir() if Path(out).is_dir() else ():
+        if _is_ours(path.name):
+            path.unlink()
+    shutil.rmtree(parts_of(out), ignore_errors=True)
