@@ -40,7 +40,11 @@ def write_evaluation(
     page.text(
         f"Checkpoint `{report['checkpoint']}` on `{report['data']}`, split {report['split']}. Videos: "
         f"{report['videos']['used']} used of {report['videos']['found']} found, {report['videos']['failed']} failed, "
-        f"{report['videos']['unlabelled']} without a label."
+        f"{report['videos']['unlabelled']} without a label.\n\n"
+        f"Clips of {report['frames']} frames, {report['stride']} apart, at {' x '.join(map(str, report['size']))} "
+        f"pixels; softmax averaged over the views of a video. {report['precision']} on {report['device']}, "
+        f"{report['seconds']:.0f} s. Weights `{report['weights_sha256'][:12]}`, data `{report['data_hash'][:12]}`, "
+        f"settings `{report['settings_hash'][:12]}`."
     )
     page.table("Accuracy, %", ["views", "top-1", "95% interval", "top-5", "mean class"], accuracy_rows(scores))
     wrong = mistakes(predictions.probabilities[views], predictions.labels, MOST_CONFIDENT)

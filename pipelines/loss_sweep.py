@@ -150,7 +150,7 @@ def _write(result: LossSweep, source: str) -> None:
 
     directory = result.directory
     directory.mkdir(parents=True, exist_ok=True)
-    picture = sweep_figure(result.timesteps, dict(result.errors), result.signal)
+    picture = sweep_figure(result.timesteps, dict(result.errors), result.signal, result.mean_prediction)
     (directory / "loss_sweep.png").write_bytes(picture)
     report = Report("Denoising error by timestep and mask ratio")
     report.text(
@@ -158,7 +158,7 @@ def _write(result: LossSweep, source: str) -> None:
         "timesteps; at the last timestep, where no signal is left, it can only predict from what is visible, as an "
         "MAE does. "
         "Curves that stay flat say that the decoder ignores the noisy patch; curves at the level of the clip's mean "
-        "patch say that it ignores everything."
+        "patch (dashed) say that it ignores everything."
     )
     report.image("Error", picture)
     report.table("Error", ["timestep", "signal", *result.errors], _rows(result))

@@ -43,7 +43,7 @@ def strip_picture(clips: Sequence[Tensor], captions: Sequence[str], frames: int 
     for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         label = figure.add_subplot(grid[row, 0])
         label.axis("off")
-        label.text(0.98, 0.5, caption, ha="right", va="center", fontsize=8, wrap=True)
+        label.text(0.98, 0.5, caption, ha="right", va="center", fontsize=10)
         chosen = torch.linspace(0, len(clip) - 1, frames).round().long()
         for column, index in enumerate(chosen.tolist()):
             axes = figure.add_subplot(grid[row, column + 1])
@@ -52,16 +52,27 @@ def strip_picture(clips: Sequence[Tensor], captions: Sequence[str], frames: int 
     return _png(figure)
 
 
-def sweep_figure(timesteps: Sequence[int], errors: dict[str, Sequence[float]], signal: Sequence[float]) -> bytes:
-    """PNG of the denoising error by diffusion step, one curve per mask ratio, over the share of signal left."""
+def sweep_figure(
+    timesteps: Sequence[int],
+    errors: dict[str, Sequence[float]],
+    signal: Sequence[float],
+    levels: dict[str, float] | None = None,
+) -> bytes:
+    """PNG of the denoising error by diffusion step, one curve per mask ratio, over the share of signal left.
+
+    Args:
+        levels: for each mask ratio an error to compare with, drawn as a dashed line of the curve's colour.
+    """
     figure, axes = _figure(7.5, 4.5)
     for name, values in errors.items():
-        axes.plot(timesteps, values, marker="o", markersize=3, label=name)
+        (line,) = axes.plot(timesteps, values, marker="o", markersize=3, label=name)
+        if levels:
+            axes.axhline(levels[name], color=line.get_color(), linestyle="--", linewidth=1)
     axes.set_xlabel("timestep")
     axes.set_ylabel("squared error on masked patches")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="mask", loc="upper left")
+    axes.legend(title="mask ratio", loc="lower right")
     right = axes.twinx()
     right.fill_between(timesteps, signal, color="grey", alpha=0.15, linewidth=0)
     right.set_ylim(0, 1)
@@ -80,7 +91,7 @@ def _figure(width: float, height: float):
 
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 

@@ -32,7 +32,14 @@ def test_strip_shows_the_frames() -> None:
 
 
 def test_sweep_is_drawn() -> None:
-    assert pixels(sweep_figure([1, 500, 1000], {"0.75": [0.1, 0.2, 0.3]}, [1.0, 0.3, 0.0])).std() > 0
+    curve, signal = {"0.75": [0.1, 0.2, 0.3]}, [1.0, 0.3, 0.0]
+    plain = pixels(sweep_figure([1, 500, 1000], curve, signal))
+    level = pixels(sweep_figure([1, 500, 1000], curve, signal, {"0.75": 0.15}))
+
+    def blue(picture: np.ndarray) -> int:  # the first colour of matplotlib's cycle, which curve and level share
+        return int((np.abs(picture.astype(int) - (31, 119, 180)).max(-1) < 40).sum())
+
+    assert 0 < blue(plain) < blue(level)
 
 
 def test_most_confident_mistakes_first() -> None:
