@@ -24,6 +24,12 @@ def test_box_in_pixels_and_percent_hide_the_same() -> None:
     np.testing.assert_array_equal(build_mask(["box:10%,10%,20%,20%"], CANVAS)(0), expected)
 
 
+def test_a_box_keeps_its_size_wherever_half_pixels_fall() -> None:
+    for left in (0.5, 1.5, 2.5, 3.25):
+        mask = build_mask([f"box:{left},{left},3,2"], CANVAS)(0)
+        assert (mask.any(0).sum(), mask.any(1).sum()) == (3, 2)
+
+
 @pytest.mark.parametrize(("span", "first", "last"), [("4-9", 4, 9), ("0.4s-1s", 4, 9), ("30", 30, 39), ("30-", 30, 39)])
 def test_box_span_in_frames_and_seconds(span: str, first: int, last: int) -> None:
     mask = build_mask([f"box:0,0,10,10@{span}"], CANVAS)
