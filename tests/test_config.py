@@ -16,6 +16,8 @@ from diffmae_video.config import (
     with_overrides,
 )
 from diffmae_video.errors import UsageError
+from diffmae_video.masking import make_mask
+from diffmae_video.models.patches import grid_shape
 
 
 def write_recipe(folder: Path, name: str, text: str) -> str:
@@ -103,3 +105,48 @@ def test_every_setting_is_documented() -> None:
 
     assert undocumented(Settings) == []
     assert "train.base_lr" in setting_keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup", "videos", "repeats", "lr_per_256_videos", "mask", "decoder", "size"),
+    [  # videos: a batch as the authors count it, GPUs x batch of each; decoder: blocks, width, heads; size: kept tokens
+        ("mae-base", 800, 40, 64 * 64, 1, 1.5e-4, ("random", 0.75), (8, 512, 16), 49),
+        ("mae-large", 800, 40, 64 * 64, 1, 1.5e-4, ("random", 0.75), (8, 512, 16), 49),
+        ("mae-huge", 800, 40, 64 * 64, 1, 1.5e-4, ("random", 0.75), (8, 512, 16), 64),
+        ("mae-st-base", 100, 5, 512, 4, 1.6e-3, ("random", 0.9), (4, 512, 16), 156),
+        ("mae-st-large", 100, 5, 512, 4, 1.6e-3, ("random", 0.9), (4, 512, 16), 156),
+        ("mae-st-huge", 100, 5, 512, 4, 1.6e-3, ("random", 0.9), (4, 512, 16), 156),
+        ("videomae-small", 1600, 40, 32 * 64, 1, 1.5e-4, ("tube", 0.9), (4, 192, 3), 160),
+        ("videomae-base", 1600, 40, 32 * 64, 1, 1.5e-4, ("tube", 0.9), (4, 384, 6), 160),
+        ("videomae-large", 1600, 40, 8 * 64, 1, 1.5e-4, ("tube", 0.9), (12, 512, 8), 160),
+        ("videomae-huge", 1600, 40, 16 * 64, 1, 1.5e-4, ("tube", 0.9), (12, 640, 8), 160),
+    ],
+)
+def test_peers_published_pretraining(
+    name: str,
+    epochs: int,
+    warmup: int,
+    videos: int,
+    repeats: int,
+    lr_per_256_videos: float,
+    mask: tuple[str, float],
+    decoder: tuple[int, int, int],
+    size: int,
+) -> None:
+    """MAE's PRETRAIN.md, MAE-ST's PRETRAIN.md, VideoMAE's scripts. Here a batch counts every clip."""
+    settings = load_settings(name, "pretrain")
+    model, train, data = settings.model, settings.train, settings.data
+    assert (train.epochs, train.warmup_epochs, data.repeats) == (epochs, warmup, repeats)
+    assert train.batch_size == videos * repeats
+    assert train.base_lr * train.batch_size / 256 == pytest.approx(lr_per_256_videos * videos / 256)
+    assert (train.betas, train.weight_decay) == ((0.9, 0.95), 0.05)
+    assert (model.decoder_depth, model.decoder_width, model.decoder_heads) == decoder
+    assert (model.objective, model.decoder, model.target) == ("mae", "joint", "norm_pixel")
+    assert (settings.mask.kind, settings.mask.ratio) == mask
+    grid = grid_shape(model.frames, *model.size, model.tubelet, model.patch)
+    assert make_mask(*mask, grid, [0]).visible.shape[1] == size
+    assert train.clip_grad == (0.02 if "-st-" in name else 0.0)
+    assert data.flip == (0.0 if name.startswith("videomae") else 0.5)
+    assert model.positions == ("flat" if name.startswith("videomae") else "learned" if "-st-" in name else "sincos")
+    if name.startswith("videomae"):
+        assert train.min_lr == pytest.approx(1e-5 * videos / 256)

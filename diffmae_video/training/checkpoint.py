@@ -35,6 +35,7 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # se
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _NAME = re.compile(r"step-(\d{8,})")
 FORMAT = 1
+_FAILURES = (Exception, dcp.CheckpointException)  # the latter is no Exception
 Then = Callable[[], None]
 
 
@@ -112,7 +113,10 @@ def load_tensors(found: Found, tensors: dict[str, Tensor], world: int) -> None:
     unknown = [name for name in saved if name not in tensors and not name.startswith("rng.")]
     if unknown:
         raise DiffmaeError(f"Checkpoint {found.path} holds {unknown[0]}, which this run has no place for.")
-    dcp.load(dict(tensors), storage_reader=reader, no_dist=world == 1)
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=world == 1)
+    except dcp.CheckpointException as error:
+        raise DiffmaeError(f"Checkpoint {found.path} cannot be read ({_full_text(error).splitlines()[0]}).") from error
 
 
 class Checkpointer:
@@ -188,7 +192,7 @@ class Checkpointer:
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any], then: Then | None) -> None:
         final = self.folder / step_name(state["step"])
         temporary = self.folder / f".tmp-{final.name}"
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             if self.distributed.main:
                 temporary.mkdir(parents=True, exist_ok=True)
@@ -197,11 +201,11 @@ class Checkpointer:
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             if self.distributed.main:
                 self._finish(temporary, final, state)
-        except Exception as caught:
+        except _FAILURES as caught:
             error = caught
         try:
             self._agree(error)
-        except Exception as failed:
+        except _FAILURES as failed:
             if self.distributed.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise _save_error(failed, final) from failed
@@ -215,7 +219,7 @@ class Checkpointer:
                 except OSError as caught:
                     raise _save_error(caught, final) from caught
 
-    def _agree(self, error: Exception | None) -> None:
+    def _agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank brings an error. A collective of the writing threads."""
         if self._group is None:
             if error is not None:

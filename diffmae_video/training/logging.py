@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -107,4 +108,10 @@ def _start_wandb(directory: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UsageError("train.wandb = true needs Weights & Biases: pip install 'diffmae-video[wandb]'.") from error
-    return wandb.init(project="diffmae-video", name=directory.name, dir=str(directory), config=settings, resume="allow")
+    name = directory / "wandb.id"  # one run there, however often it is interrupted here
+    if not name.exists():
+        write_atomic(name, secrets.token_hex(8))
+    identity = name.read_text(encoding="utf-8")
+    return wandb.init(
+        project="diffmae-video", name=directory.name, id=identity, dir=str(directory), config=settings, resume="allow"
+    )

@@ -73,6 +73,7 @@ class Meter:
             "clips_per_s": round(steps * batch_size / seconds, 3),
             "data_wait": round(wait / seconds, 4),
             "overhead": round(max(0.0, 1 - (wait + compute) / seconds), 4),
+            "aside": round(self._spent["aside"] / max(1e-9, now - self._since), 4),
         }
         self._sums, self.steps, self._shown = {}, 0, 0
         self._spent = dict.fromkeys(self._spent, 0.0)

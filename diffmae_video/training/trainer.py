@@ -62,6 +62,7 @@ class Trainer:
         self.step = self.resumed_from = self.skipped = 0
         self.bad: dict[str, int] = {}
         self.best: float | None = None
+        self.owed = False  # stopped in the very last step: its pictures and validation are still to come
         self.meter = Meter(self.device)
         self.files: Checkpointer | None = None
         self.log: RunLog | None = None
@@ -124,6 +125,7 @@ class Trainer:
         self.stream.load_state_dict(found.state["stream"])
         self.step = self.resumed_from = found.step
         self.skipped, self.best = found.state["skipped"], found.state["best"]
+        self.owed = found.state["owed"]
         self.files.best_step = found.state["best_step"]
         if self.distributed.main:  # totals over ranks: rank 0 carries them on
             self.bad = dict(found.state["bad"])
@@ -146,6 +148,8 @@ class Trainer:
             )
             if bar is not None and self.step:
                 bar.update(self.step)
+            if self.owed:
+                self._settle()
             tick = stack.enter_context(profile_steps(profile, self.directory, self.device, self.say, self.meter))
             while self.step < self.total:
                 stop = self._one_step(batches, request)
@@ -241,8 +245,17 @@ class Trainer:
 
     # --- at intervals -----------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """What a run that was stopped in its last step still owes."""
+        self.owed = False
+        if self.train.picture_every:
+            self._pictures()
+        self._validate()
+        self.save()
+
     def _due(self, stop: bool) -> dict[str, bool]:
         train, step, end = self.train, self.step, self.step == self.total
+        self.owed = stop and end
         every = {
             "log": train.log_every,
             "pictures": train.picture_every,
@@ -340,6 +353,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "skipped": self.skipped,
             "best": self.best,
+            "owed": self.owed,
             "best_step": self.files.best_step,
             "bad": bad,
             "window": self.meter.state(self.distributed),

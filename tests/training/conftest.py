@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 
 from diffmae_video.config import Settings, load_settings
+from diffmae_video.data.shards import Manifest
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import DiffmaeError
+from diffmae_video.pipelines.finetune import finetune
 from diffmae_video.pipelines.pretrain import pretrain
 from diffmae_video.pipelines.shard import shard
 
@@ -49,10 +51,23 @@ class Runs:
     def here(self, out: Path, *overrides: str, **options: Any) -> Any:
         return pretrain(self.settings(*overrides), data=str(self.shards), out=out, device="cpu", **options)
 
+    def finetune(self, out: Path, *overrides: str) -> Any:
+        """A fine-tuning from scratch, with everything that draws numbers: Mixup, CutMix, dropout, stochastic depth."""
+        mixing = ("finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.dropout=0.2", "finetune.drop_path=0.3")
+        chosen = [*SMALL, *mixing, *overrides]
+        task, data = Manifest.load(self.shards).dataset, self.shards
+        return finetune(task, init="scratch", data=data, recipe="smoke", overrides=chosen, device="cpu", out=out)
+
     def child(
-        self, out: Path, *overrides: str, world: int = 1, before: Callable[[int], None] | None = None, **options: Any
+        self,
+        out: Path,
+        *overrides: str,
+        world: int = 1,
+        before: Callable[[int], None] | None = None,
+        start: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> list[int]:
-        """Exit codes of a run in forked processes; `before(rank)` runs first in each."""
+        """Exit codes of a run (`here`, or `start`) in forked processes; `before(rank)` runs first in each."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -69,9 +84,8 @@ class Runs:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            processes.append(
-                context.Process(target=self._in_child, args=(environment, rank, out, overrides, before, options))
-            )
+            arguments = (environment, rank, out, overrides, before, options, start)
+            processes.append(context.Process(target=self._in_child, args=arguments))
             processes[-1].start()
         for process in processes:
             process.join(120)
@@ -82,13 +96,13 @@ class Runs:
         assert not hanging, "the child hangs"
         return [process.exitcode for process in processes]
 
-    def _in_child(self, environment, rank, out, overrides, before, options) -> None:
+    def _in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
         os.environ.update(environment)
         code = 0
         try:
             if before is not None:
                 before(rank)
-            self.here(out, *overrides, **options)
+            (start or self.here)(out, *overrides, **options)
         except DiffmaeError as error:
             code = error.exit_code
             print(f"{type(error).__name__}: {error}", flush=True)
@@ -108,7 +122,7 @@ class Runs:
     @staticmethod
     def metrics(out: Path) -> list[dict[str, Any]]:
         """metrics.jsonl without the columns that depend on the clock."""
-        timed = {"clips_per_s", "data_wait", "overhead", "mfu", "peak_memory"}
+        timed = {"clips_per_s", "data_wait", "overhead", "aside", "mfu", "peak_memory"}
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
@@ -130,18 +144,23 @@ def kill_at(call: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
     """A `before` that signals the process when its `call`-th micro-batch has gone forward."""
 
     def before(rank: int) -> None:
-        from diffmae_video.training import pretraining
+        from diffmae_video.evaluation.finetuning import FinetuneTask
+        from diffmae_video.training.pretraining import PretrainTask
 
-        plain, count = pretraining.PretrainTask.loss, [0]
+        count = [0]
 
-        def loss(self, *args):
-            output = plain(self, *args)
-            count[0] += 1
-            if count[0] == call:
-                os.kill(os.getpid(), number)
-            return output
+        def counted(plain):
+            def loss(self, *args):
+                output = plain(self, *args)
+                count[0] += 1
+                if count[0] == call:
+                    os.kill(os.getpid(), number)
+                return output
 
-        pretraining.PretrainTask.loss = loss
+            return loss
+
+        for task in (FinetuneTask, PretrainTask):
+            task.loss = counted(task.loss)
 
     return before
 

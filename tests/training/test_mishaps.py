@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import shutil
 import signal
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 
-from diffmae_video.errors import DiffmaeError, UsageError
+from diffmae_video.data.shards import Manifest
+from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.training import checkpoint, pretraining
 from diffmae_video.training import run as run_files
 from diffmae_video.training.checkpoint import list_checkpoints
@@ -55,24 +57,6 @@ def test_nonfinite_steps_are_skipped_and_counted(runs, tmp_path, monkeypatch):
         runs.here(tmp_path / "other", "train.skip_nonfinite=1")
 
 
-def test_full_disk_leaves_the_checkpoint_before(runs, tmp_path, monkeypatch):
-    plain = checkpoint.sync_path
-
-    def full(path):
-        if "step-00000004" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        plain(path)
-
-    monkeypatch.setattr(checkpoint, "sync_path", full)
-    with pytest.raises(DiffmaeError, match=r"No space left .* step-00000004 .*the last whole one is step-00000002"):
-        runs.here(tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(checkpoint, "sync_path", plain)
-    runs.here(tmp_path / "straight")
-    runs.here(tmp_path / "run")
-    runs.assert_same(tmp_path / "straight", tmp_path / "run")
-
-
 def test_checkpoint_is_on_disk_before_it_has_its_name(runs, tmp_path, monkeypatch):
     synced: list[str] = []
     plain_sync, plain_rename = checkpoint.sync_path, os.rename
@@ -103,6 +87,44 @@ def test_mirror_brings_a_run_back(runs, kill_at, tmp_path):
     assert runs.final(tmp_path / "second").keys() == runs.final(tmp_path / "straight").keys()
     one, two = runs.final(tmp_path / "second"), runs.final(tmp_path / "straight")
     assert all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_data_end_the_run(runs, tmp_path, workers):
+    """Every clip is noise: an error with their count, and no end of waiting for a good one."""
+    shards = tmp_path / "shards"
+    shutil.copytree(runs.shards, shards)
+    manifest = Manifest.load(shards)
+    table = manifest.samples("train")
+    names = [shard.name for shard in manifest.shards]
+    for number in range(len(table.offset)):
+        with open(shards / names[table.shard[number]], "r+b") as file:
+            file.seek(table.offset[number])
+            file.write(os.urandom(int(table.size[number])))
+    with pytest.raises(DataError, match=r"samples in a row cannot be read, .*diffmae verify"):
+        type(runs)(shards).here(tmp_path / "run", f"data.workers={workers}")
+
+
+def test_wandb_gets_the_numbers_of_one_run(runs, kill_at, tmp_path, monkeypatch):
+    """Without a network: the files that `wandb sync` would upload, under one id before and after an interruption."""
+    library = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb = "train.wandb=true"
+    assert runs.child(tmp_path / "run", wandb, before=kill_at(5, signal.SIGTERM)) == [75]
+    runs.here(tmp_path / "run", wandb, "train.picture_every=10")
+    library.teardown()  # its own process has written everything
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.stem for file in files}) == 1
+    assert b"grad_norm" in files[-1].read_bytes()
+    assert list((tmp_path / "run" / "wandb").rglob("reconstruction*.png"))
+
+
+def test_wandb_that_is_missing_is_one_sentence(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"needs Weights & Biases: pip install"):
+        runs.here(tmp_path / "run", "train.wandb=true")
 
 
 def test_run_in_use_is_refused(tmp_path):

@@ -150,7 +150,7 @@ def test_predicted_peak_against_real_steps(overrides, tmp_path):
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
     peak = max(itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
-    assert predicted == pytest.approx(before + peak, rel=0.05)
+    assert predicted == pytest.approx(before + peak, rel=0.1)
 
 
 def test_given_throughput_gives_the_hours():

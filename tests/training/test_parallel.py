@@ -15,6 +15,7 @@ from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.training import distributed, parallel
+from diffmae_video.training.signals import stop_on_signal
 from diffmae_video.training.task import micro_batch_size
 
 MODEL = ModelSettings(
@@ -114,13 +115,15 @@ def test_two_processes_equal_the_double_batch(whole, sharding, tmp_path):
 
 
 def fail_on_rank_one():
-    with distributed.start("cpu") as processes:
+    with distributed.start("cpu") as processes, stop_on_signal():  # as in training: SIGTERM alone ends nobody
         if processes.rank == 1:
             raise DataError("Shard x is damaged; make it again.")
         processes.barrier()
 
 
-def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd):
+def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd, monkeypatch):
+    assert distributed.SHUTDOWN_SECONDS < 25  # what the others have; with it all have ended within 30
+    monkeypatch.setattr(distributed, "SHUTDOWN_SECONDS", 2)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"Shard x is damaged; make it again\."):
         distributed.launch(fail_on_rank_one, {}, 2)

@@ -7,7 +7,9 @@ import random
 import shutil
 import signal
 
+import psutil
 import pytest
+import torch
 
 from diffmae_video.errors import UsageError
 
@@ -30,11 +32,60 @@ def test_kill_and_resume_equals_uninterrupted(runs, kill_at, tmp_path, overrides
     runs.assert_same(tmp_path / "straight", tmp_path / "killed")
 
 
-def test_two_processes_resume_bit_for_bit(runs, kill_at, tmp_path):
-    assert runs.child(tmp_path / "straight", world=2) == [0, 0]
-    assert runs.child(tmp_path / "killed", world=2, before=kill_at(5, signal.SIGTERM)) == [75, 75]
-    assert runs.child(tmp_path / "killed", world=2) == [0, 0]
+@pytest.mark.parametrize(
+    ("overrides", "call", "number"),
+    [
+        pytest.param((), 5, signal.SIGTERM, id="asked"),
+        pytest.param(
+            ("data.workers=2", "train.accumulate=2", "data.repeats=2", "model.drop_path=0.5"),
+            10,
+            signal.SIGKILL,
+            id="killed-with-workers-repeats-accumulation",
+        ),
+    ],
+)
+def test_two_processes_resume_bit_for_bit(runs, kill_at, tmp_path, overrides, call, number):
+    overrides = ("train.batch_size=8", *overrides)
+    code = 75 if number == signal.SIGTERM else -number
+    assert runs.child(tmp_path / "straight", *overrides, world=2) == [0, 0]
+    assert runs.child(tmp_path / "killed", *overrides, world=2, before=kill_at(call, number)) == [code, code]
+    assert runs.child(tmp_path / "killed", *overrides, world=2) == [0, 0]
     runs.assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "call"),
+    [
+        pytest.param(("data.repeats=2", "data.workers=2"), 5, id="repeats-two-workers"),
+        pytest.param(("train.accumulate=2", "data.crop=random_resized"), 11, id="inside-accumulation"),
+    ],
+)
+def test_finetuning_with_mixup_resumes_bit_for_bit(runs, kill_at, tmp_path, overrides, call):
+    runs.finetune(tmp_path / "straight", *overrides)
+    codes = runs.child(tmp_path / "killed", *overrides, before=kill_at(call), start=runs.finetune)
+    assert codes == [-signal.SIGKILL]
+    assert not list((tmp_path / "killed" / "checkpoints").glob("step-*10"))
+    runs.finetune(tmp_path / "killed", *overrides)
+    runs.assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_sharded_run_continues_in_one_process(runs, kill_at, tmp_path):
+    """FSDP2 x 2, stopped, then one process: shards of weights, optimizer and average come together again."""
+    sharded = ("train.sharding=fsdp", "train.precision=fp32")
+    assert runs.child(tmp_path / "run", *sharded, world=2, before=kill_at(6, signal.SIGTERM)) == [75, 75]
+    files = list((tmp_path / "run" / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    assert len(files) == 2
+    runs.here(tmp_path / "run", "train.precision=fp32")
+    runs.here(tmp_path / "straight", "train.precision=fp32")
+    one, two = runs.metrics(tmp_path / "run"), runs.metrics(tmp_path / "straight")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for left, right in zip(one, two, strict=True):
+        for name in left.keys() & {"loss", "val_loss", "grad_norm"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-3), name
+    names = runs.final(tmp_path / "straight").keys()
+    assert {name for name in runs.final(tmp_path / "run") if not name.startswith("rng.")} <= names
+    average = [runs.final(tmp_path / run)["ema.encoder.patch_embed.proj.weight"] for run in ("run", "straight")]
+    torch.testing.assert_close(*average, rtol=1e-3, atol=1e-5)
 
 
 def test_world_two_one_two_sees_each_sample_once(runs, kill_at, tmp_path):
@@ -93,6 +144,39 @@ def test_signal_to_the_whole_group_still_saves(runs, kill_at, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_the_run(runs, kill_at, tmp_path, number):
+    def before(rank):
+        kill_at(4, number)(rank)
+        from diffmae_video.training import pretraining
+
+        plain = pretraining.PretrainTask.loss
+
+        def loss(self, *args):
+            (tmp_path / "workers").write_text(" ".join(str(child.pid) for child in psutil.Process().children()))
+            return plain(self, *args)
+
+        pretraining.PretrainTask.loss = loss
+
+    assert runs.child(tmp_path / "run", "data.workers=2", before=before) == [75 if number == signal.SIGTERM else -9]
+    workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+    assert len(workers) == 2
+    alive = [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(alive, timeout=30)[1] == []  # after SIGKILL they notice by themselves
+
+
+def test_stopped_in_the_last_step(runs, kill_at, tmp_path):
+    """The validation at the end comes with the next start."""
+    runs.here(tmp_path / "straight", "train.picture_every=100")
+    before = kill_at(10, signal.SIGTERM)
+    assert runs.child(tmp_path / "run", "train.picture_every=100", before=before) == [75]
+    assert "val_loss" not in runs.metrics(tmp_path / "run")[-1]
+    runs.here(tmp_path / "run", "train.picture_every=100")
+    runs.assert_same(tmp_path / "straight", tmp_path / "run")
+    pictures = [sorted(path.name for path in (tmp_path / run / "pictures").iterdir()) for run in ("run", "straight")]
+    assert pictures[0] == pictures[1] == ["reconstruction-00000010.png"]
+
+
 def test_finished_run_is_left_alone(runs, tmp_path):
     runs.here(tmp_path / "run", "train.steps=2")
     before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
@@ -134,6 +218,19 @@ def test_damaged_newest_checkpoint_is_skipped(runs, kill_at, tmp_path, capfd):
     runs.assert_same(tmp_path / "straight", tmp_path / "run")
 
 
+def test_newest_is_told_by_step_not_by_the_clock(runs, kill_at, tmp_path, capfd):
+    runs.here(tmp_path / "straight")
+    runs.child(tmp_path / "run", before=kill_at(5, signal.SIGTERM))
+    capfd.readouterr()
+    for name, time in (("step-00000004", 4e9), ("step-00000005", 1e8)):  # the clock went back between the two
+        folder = tmp_path / "run" / "checkpoints" / name
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (time, time))
+    runs.here(tmp_path / "run")
+    assert "from step 5 of 10" in capfd.readouterr().out
+    runs.assert_same(tmp_path / "straight", tmp_path / "run")
+
+
 def test_start_from_another_run(runs, kill_at, tmp_path):
     runs.here(tmp_path / "straight")
     runs.child(tmp_path / "first", before=kill_at(4, signal.SIGTERM))
@@ -147,7 +244,6 @@ def test_start_from_another_run(runs, kill_at, tmp_path):
 def test_thirty_random_kill_points(runs, tmp_path):
     """SIGKILL after a random time, also during a save: the run always continues, and ends like the straight one."""
     import multiprocessing
-    import os
     import time
 
     dense = ("train.checkpoint_every=1", "train.steps=40")
