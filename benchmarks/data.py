@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,21 +37,23 @@ import torch
 from diffmae_video.data.decode import Video, VideoReader
 from diffmae_video.data.shards import Manifest, ShardReader, TarShard
 from diffmae_video.data.transcode import TranscodeOptions, transcode
+from diffmae_video.errors import DataError
 
 torch.set_num_threads(1)
 FRAMES, STRIDE, SIDE = 16, 4, 224
+_FILES = ("shard", "original")
 _TORCHCODEC = """
 import json, sys, time, statistics
 import torch; torch.set_num_threads(1)
 from torchcodec.decoders import VideoDecoder
 for line in sys.stdin:
-    job = json.loads(line); data = open(job["path"], "rb").read(); times = []
+    job = json.loads(line); data = open(job["path"], "rb").read(); times = {}
     for mode in ("exact", "approximate"):
         begun = time.process_time()
         decoder = VideoDecoder(data, num_ffmpeg_threads=1, seek_mode=mode)
         frames = decoder.get_frames_at(job["indices"]).data[:, :, :224, :224].contiguous()
-        times.append(1e3 * (time.process_time() - begun))
-    print(json.dumps(min(times)), flush=True)
+        times[mode] = 1e3 * (time.process_time() - begun)
+    print(json.dumps(times), flush=True)
 """
 
 
@@ -139,6 +142,7 @@ def decode(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 note("shard, 1 clip", ours(shard, [one], boxes[1]))
                 note("shard, 4 clips", ours(shard, four, boxes[1]))
                 note("shard, bound", bare(shard, one))
+                note("shard, bound of 4", bare(shard, [one for clip in four for one in clip]) / 4)
                 note("shard, opencv", opencv(str(stored), one))
                 note("original", ours(original, [one], boxes[0]))
                 note("original, bound", bare(original, one))
@@ -148,12 +152,28 @@ def decode(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     for name, file in (("shard, torchcodec", str(stored)), ("original, torchcodec", path)):
                         torchcodec.stdin.write(json.dumps({"path": file, "indices": one}) + "\n")
                         torchcodec.stdin.flush()
-                        note(name, json.loads(torchcodec.stdout.readline()))
-            rows.append({"file": Path(path).name} | {name: statistics.median(v) for name, v in times.items()})
+                        for mode, spent in json.loads(torchcodec.stdout.readline()).items():
+                            note(f"{name} {mode}", spent)
+            row = {name: statistics.median(values) for name, values in times.items()}
+            rows.append({"file": Path(path).name} | row | (ratios(row) if torchcodec else {}))
     if torchcodec:
         torchcodec.stdin.close()
         torchcodec.wait()
     return rows
+
+
+def ratios(row: dict[str, float]) -> dict[str, float]:
+    """How many times cheaper than torchcodec, in the better of its two modes."""
+    shard, original = (min(row[f"{of}, torchcodec {mode}"] for mode in ("exact", "approximate")) for of in _FILES)
+    return {
+        "x original, 1 clip": original / row["shard, 1 clip"],
+        "x original, 4 clips": original / row["shard, 4 clips"],
+        "x same shard": shard / row["shard, 1 clip"],
+        "x --copy": original / row["original"],
+        "bound, 1 clip": original / row["shard, bound"],
+        "bound, 4 clips": original / row["shard, bound of 4"],
+        "bound, --copy": original / row["original, bound"],
+    }
 
 
 def read(arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -184,7 +204,7 @@ def read(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     while file.read(1 << 20):
                         pass
 
-            def shuffled(order: list[int] = order, manifest: Manifest = manifest) -> None:
+            def ours(order: list[int], manifest: Manifest = manifest) -> None:
                 with ShardReader(manifest) as reader:
                     for number in order:
                         reader.read("train", number, meta=False)
@@ -194,12 +214,20 @@ def read(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     pass
 
             row: dict[str, object] = {"samples": name}
-            methods = {"cat": cat, "ours, shuffled": shuffled, "webdataset, shuffled": wds}
+            methods = {
+                "cat": cat,
+                "ours, in order": lambda ours=ours, order=sorted(order): ours(order),
+                "ours, shuffled": lambda ours=ours, order=order: ours(order),
+                "webdataset, shuffled": wds,
+            }
             spent: dict[str, list[float]] = {method: [] for method in methods}
             for _ in range(arguments.rounds):
                 for method, action in methods.items():
                     spent[method].append(cpu(action) * 1e6 / len(payload))
-            rows.append(row | {method: statistics.median(values) for method, values in spent.items()})
+            row |= {method: statistics.median(values) for method, values in spent.items()}
+            row["cat / ours"] = row["cat"] / row["ours, in order"]
+            row["webdataset / ours"] = row["webdataset, shuffled"] / row["ours, shuffled"]
+            rows.append(row)
     return rows
 
 
@@ -211,38 +239,64 @@ def cpu(action: Callable[[], object]) -> float:
 
 
 def shard(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Clips a second over all cores: `diffmae shard` and the ffmpeg command with the same settings."""
+    """Clips a second over all cores: `diffmae shard` and the ffmpeg command with the same settings, in turns."""
     from diffmae_video.pipelines.shard import shard as make
 
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        result = make(arguments.paths[0], Path(folder, "out"))
-        seconds = time.perf_counter() - begun
-        row: dict[str, object] = {"clips": result.found, "diffmae clips/s": result.written / seconds}
-        if arguments.ffmpeg:
-            files = sorted(path for path in Path(arguments.paths[0]).rglob("*.mp4"))
-            waiting, running = list(enumerate(files)), []
+    files = sorted(path for path in Path(arguments.paths[0]).rglob("*.mp4"))
+    found: dict[str, list[float]] = {"diffmae clips/s": [], "ffmpeg clips/s": []}
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            while waiting or running:
-                running = [process for process in running if process.poll() is None]
-                while waiting and len(running) < cores:
-                    number, path = waiting.pop()
-                    scale = "scale='if(gt(iw,ih),-2,min(256,iw))':'if(gt(iw,ih),min(256,ih),-2)'"
-                    x264 = "-c:v libx264 -preset veryfast -crf 23 -g 16 -keyint_min 16 -sc_threshold 0 -bf 3"
-                    command = [arguments.ffmpeg, "-v", "error", "-threads", "1", "-i", str(path), "-an", "-vf", scale]
-                    command += [*x264.split(), "-tune", "fastdecode", "-x264-params", "b-adapt=0:b-pyramid=none"]
-                    command += ["-threads", "1", "-pix_fmt", "yuv420p", "-y", str(Path(folder, f"{number}.mp4"))]
-                    running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
-                time.sleep(0.002)
-            row["ffmpeg clips/s"] = len(files) / (time.perf_counter() - begun)
-    return [row]
+            result = make(arguments.paths[0], Path(folder, "out"))
+            found["diffmae clips/s"].append(result.written / (time.perf_counter() - begun))
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(
+                    pool.map(
+                        lambda pair: ffmpeg(arguments.ffmpeg, pair[1], Path(folder, f"{pair[0]}.mp4")), enumerate(files)
+                    )
+                )
+            found["ffmpeg clips/s"].append(len(files) / (time.perf_counter() - begun))
+    row: dict[str, object] = {"clips": len(files)} | {name: statistics.median(values) for name, values in found.items()}
+    pairs = zip(*found.values(), strict=True)
+    return [row | {"diffmae / ffmpeg": statistics.median(ours / theirs for ours, theirs in pairs)}]
+
+
+def ffmpeg(program: str, source: Path, target: Path) -> None:
+    """The transcode of `TranscodeOptions()` as a command."""
+    options = TranscodeOptions()
+    side = options.short_side
+    scale = f"scale='if(gt(iw,ih),-2,min({side},iw))':'if(gt(iw,ih),min({side},ih),-2)'"
+    command = [program, "-v", "error", "-threads", "1", "-i", str(source), "-an", "-vf", scale, "-c:v", "libx264"]
+    command += [
+        "-preset",
+        options.preset,
+        "-crf",
+        str(options.crf),
+        "-g",
+        str(options.gop),
+        "-bf",
+        str(options.b_frames),
+    ]
+    command += ["-keyint_min", str(options.gop), "-sc_threshold", "0", "-tune", options.tune]
+    command += ["-x264-params", f"b-adapt=0:b-pyramid=none:{options.x264}", "-threads", "1", "-pix_fmt", "yuv420p"]
+    subprocess.run([*command, "-y", str(target)], stdin=subprocess.DEVNULL, check=True)
 
 
 def encode(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Bytes, PSNR and decode time of encoding settings."""
     base, rows = TranscodeOptions(), []
-    changes = [{}, {"b_frames": 0}, {"b_frames": 1}, {"gop": 12}, {"gop": 32}, {"preset": "fast"}, {"tune": ""}]
+    changes = [
+        {},
+        {"x264": ""},
+        {"x264": "mbtree=0:rc-lookahead=0"},
+        {"b_frames": 0},
+        {"b_frames": 1},
+        {"gop": 12},
+        {"gop": 32},
+        {"preset": "fast"},
+        {"tune": ""},
+    ]
     changes += [{"preset": "ultrafast", "b_frames": 0}, {"crf": 26}, {"short_side": 128}]
     for change in changes:
         options, figures = replace(base, **change), []
@@ -276,28 +330,37 @@ def psnr(original: bytes, encoded: bytes) -> float:
 
 
 def soak(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Resident memory and open descriptors while many clips are decoded."""
-    stored = [transcode(Path(path).read_bytes(), TranscodeOptions(short_side=128)) for path in arguments.paths]
-    process, draw, rows = psutil.Process(), random.Random(0), []
+    """Resident memory and open descriptors while many clips are decoded; every hundredth file is damaged."""
+    stored = [transcode(Path(path).read_bytes(), TranscodeOptions(short_side=96)) for path in arguments.paths]
+    process, draw, rows, failed = psutil.Process(), random.Random(0), [], 0
     for number in range(arguments.clips + 1):
         data, _, meta = stored[number % len(stored)]
-        with Video(data) as video:
-            video.clips([numbers(meta["frames"], draw)], [(0, 0, 96, 96)], (64, 64))
+        if number % 100 == 99:
+            spoiled = bytearray(data)
+            for place in draw.sample(range(len(data)), 40):
+                spoiled[place] = draw.randrange(256)
+            data = bytes(spoiled[: draw.randrange(len(data))] if number % 200 == 99 else spoiled)
+        try:
+            with Video(data, known=number % 2 == 0) as video:
+                video.clips([numbers(meta["frames"], draw)], [(0, 0, 96, 96)], (64, 64))
+        except (DataError, ValueError):
+            failed += 1
         if number % (arguments.clips // 10) == 0:
-            rows.append({"clips": number, "MiB": process.memory_info().rss / 2**20, "files": process.num_fds()})
+            memory = process.memory_info().rss / 2**20
+            rows.append({"clips": number, "refused": failed, "MiB": memory, "files": process.num_fds()})
     return rows
 
 
 def main() -> None:
-    """Parse, measure, print a table, and append to a JSON-lines file."""
+    """Parse, measure, print a table, and write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("decode", "read", "shard", "encode", "soak"))
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--ffmpeg", help="path of an ffmpeg with libx264")
+    parser.add_argument("--ffmpeg", default="ffmpeg", help="path of an ffmpeg with libx264")
     parser.add_argument("--torchcodec-python", help="python of an environment with torchcodec")
-    parser.add_argument("--out", type=Path, help="JSON-lines file to append to")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
     measures = {"decode": decode, "read": read, "shard": shard, "encode": encode, "soak": soak}
     rows = measures[arguments.what](arguments)
@@ -306,8 +369,9 @@ def main() -> None:
     for row in rows:
         print(" | ".join(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names))
     if arguments.out:
-        with open(arguments.out, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"what": arguments.what} | row) + "\n" for row in rows)
+        files = [Path(path).name for path in arguments.paths]
+        command = f"benchmarks/data.py {arguments.what} --rounds {arguments.rounds} {' '.join(files)}"
+        arguments.out.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

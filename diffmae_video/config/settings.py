@@ -167,6 +167,8 @@ class DataSettings(Section):
     """Split to validate and evaluate on."""
     stride: Positive = 4
     """Distance between the frames of a clip, in frames of the stored video."""
+    clip_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Length of a clip in seconds instead: frames spread evenly over it, whatever the frame rate (data/sampling.py)."""
     repeats: Positive = 1
     """Clips taken from each decoded video (MAE-ST, repeated sampling)."""
     workers: Annotated[int, Field(ge=0)] = 2

@@ -24,6 +24,7 @@ from diffmae_video.data.decode import Video
 from diffmae_video.data.images import open_image
 from diffmae_video.data.order import clip_seeds, epoch_order, label_subset, mix
 from diffmae_video.data.remote import is_remote
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
 from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
 from diffmae_video.data.transforms import ClipTransform, as_generator, build_transforms
 from diffmae_video.errors import DataError, UsageError
@@ -415,19 +416,20 @@ class _Clips(Dataset):
             if not known:
                 info = video.info
                 frames, width, height = info.frames, info.width, info.height
-            indices = [self.frame_numbers(frames, generator) for generator in generators]
+            fps = float(self.table.fps[sample]) or video.info.fps
+            indices = [self.frame_numbers(frames, fps, generator) for generator in generators]
             boxes = [self.transform.box(width, height, generator) for generator in generators]
             clips = video.clips(indices, boxes, self.transform.size)
         if not self.training:
             return [clip.frames for clip in clips]
         return [self.transform.augment(clip.frames, draw) for clip, draw in zip(clips, generators, strict=True)]
 
-    def frame_numbers(self, frames: int, generator: torch.Generator) -> list[int]:
-        """Frames of one clip: every `stride`-th from a random start (the middle when testing); short videos hold."""
-        span = (self.frames - 1) * self.data.stride + 1
-        room = max(0, frames - span)
-        start = int(torch.randint(0, room + 1, (), generator=generator)) if self.training else room // 2
-        return [min(start + i * self.data.stride, frames - 1) for i in range(self.frames)]
+    def frame_numbers(self, frames: int, fps: float, generator: torch.Generator) -> list[int]:
+        """Frames of one clip: from a random place in training, from the middle when testing."""
+        draws = generator if self.training else None
+        if self.data.clip_seconds and fps > 0:
+            return frames_by_seconds(frames, fps, self.frames, self.data.clip_seconds, draws)
+        return frames_by_stride(frames, self.frames, self.data.stride, draws)
 
     def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:
         from PIL import Image, ImageOps

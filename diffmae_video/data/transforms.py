@@ -226,7 +226,7 @@ def _operate(clip: Tensor, name: str, strength: float, sign: int) -> Tensor:
 
 
 class MixVideo:
-    """Mixup and CutMix over a batch of clips (Zhang et al., 2018; Yun et al., 2019): one of them, chosen evenly.
+    """Mixup or CutMix over a batch of clips, chosen evenly: pytorchvideo's MixVideo, with draws from a generator.
 
     Args:
         num_classes: width of the soft targets.
@@ -235,39 +235,33 @@ class MixVideo:
     """
 
     def __init__(self, num_classes: int, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1):
-        self.num_classes, self.mixup, self.cutmix, self.smoothing = num_classes, mixup, cutmix, smoothing
+        from pytorchvideo.transforms import MixVideo as Mix
+
+        self.num_classes, self.smoothing = num_classes, smoothing
+        self.mix = None
+        if mixup > 0 or cutmix > 0:
+            share = 0.5 if mixup > 0 and cutmix > 0 else float(cutmix > 0)
+            self.mix = Mix(share, mixup or 1.0, cutmix or 1.0, smoothing, num_classes)
 
     def __call__(self, clips: Tensor, labels: Tensor, generator: torch.Generator | int) -> tuple[Tensor, Tensor]:
         """Mix each clip with its mirror in the batch.
 
         Args:
-            clips: float (B, C, T, H, W) or any (B, ..., H, W).
+            clips: float (B, C, T, H, W) or (B, C, H, W); left as they are.
             labels: int64 (B,).
             generator: a CPU generator, or its seed.
 
         Returns:
             Clips of the same shape, and soft targets float (B, num_classes).
         """
-        from timm.data.mixup import mixup_target
+        from pytorchvideo.transforms.functional import convert_to_one_hot
 
-        generator, share = as_generator(generator), 1.0
-        use_cutmix = self.cutmix > 0 and (self.mixup <= 0 or _uniform(0, 1, generator) < 0.5)
-        alpha = self.cutmix if use_cutmix else self.mixup
-        if alpha > 0 and len(clips) > 1:
-            share = _beta(alpha, generator)
-            other = clips.flip(0)
-            if use_cutmix:
-                height, width = clips.shape[-2:]
-                side = math.sqrt(1 - share)
-                y, x = _integer(height, generator), _integer(width, generator)
-                top, bottom = (min(max(round(y + s * side * height / 2), 0), height) for s in (-1, 1))
-                left, right = (min(max(round(x + s * side * width / 2), 0), width) for s in (-1, 1))
-                clips = clips.clone()
-                clips[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-                share = 1 - (bottom - top) * (right - left) / (height * width)
-            else:
-                clips = clips * share + other * (1 - share)
-        return clips, mixup_target(labels, self.num_classes, share, self.smoothing)
+        if self.mix is None or len(clips) < 2:
+            return clips, convert_to_one_hot(labels, self.num_classes, self.smoothing)
+        seed = int(torch.randint(0, 2**62, (), generator=as_generator(generator)))
+        with torch.random.fork_rng(devices=[]):  # it draws from torch's CPU generator, which others use too
+            torch.default_generator.manual_seed(seed)
+            return self.mix(clips.clone(), labels)
 
 
 def as_generator(generator: torch.Generator | int) -> torch.Generator:
@@ -283,11 +277,3 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 def _integer(bound: int, generator: torch.Generator) -> int:
     return int(torch.randint(0, max(bound, 1), (), generator=generator))
-
-
-def _beta(alpha: float, generator: torch.Generator) -> float:
-    """Beta(alpha, alpha) from two gamma draws."""
-    import numpy as np
-
-    seed = int(torch.randint(0, 2**62, (), generator=generator))
-    return float(np.random.default_rng(seed).beta(alpha, alpha))

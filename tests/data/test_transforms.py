@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import diffmae_video.compat  # noqa: F401
 
 import pytest
 import torch
 
 from diffmae_video.config import DataSettings
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
 from diffmae_video.data.transforms import ClipTransform, MixVideo, RandAugment, build_transforms, parse_rand_augment
 from diffmae_video.errors import UsageError
 
@@ -84,6 +87,39 @@ def test_mix_video_targets_tell_the_pixels(mixup: float, cutmix: float) -> None:
         assert out[1].mean().item() == pytest.approx(targets[1, 1].item(), abs=1e-4)
         again, _ = mix(clips, torch.tensor([0, 1]), seed)
         assert torch.equal(out, again)
+
+
+def test_mix_video_leaves_its_input_and_other_draws_alone() -> None:
+    clips = torch.rand(2, 3, 2, 8, 8)
+    before = clips.clone()
+    state = torch.get_rng_state()
+    MixVideo(2)(clips, torch.tensor([0, 1]), 3)
+    assert torch.equal(clips, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("fps", "frames"), [(30.0, 300), (12.5, 125), (60.0, 600)])
+def test_clips_by_seconds_span_the_same_time_at_any_rate(fps: float, frames: int) -> None:
+    state = random.getstate()
+    starts = []
+    for seed in range(40):
+        numbers = frames_by_seconds(frames, fps, 16, 2.0, torch.Generator().manual_seed(seed))
+        assert numbers == sorted(numbers)
+        assert (numbers[-1] - numbers[0] + 1) / fps == pytest.approx(2.0, abs=1.01 / fps)
+        assert numbers == frames_by_seconds(frames, fps, 16, 2.0, torch.Generator().manual_seed(seed))
+        starts.append(numbers[0] / fps)
+    assert min(starts) < 2
+    assert max(starts) > 6
+    assert random.getstate() == state
+    middle = frames_by_seconds(frames, fps, 16, 2.0, None)
+    assert (middle[0] + middle[-1] + 1) / 2 / fps == pytest.approx(5.0, abs=1.01 / fps)
+
+
+def test_clips_of_short_videos_repeat_frames() -> None:
+    draw = torch.Generator().manual_seed(0)
+    assert frames_by_seconds(3, 30.0, 4, 2.0, draw) == [0, 0, 1, 2]
+    assert frames_by_stride(3, 4, 2, draw) == [0, 2, 2, 2]
+    assert frames_by_stride(20, 4, 2, None) == [6, 8, 10, 12]
 
 
 def test_mix_video_smooths_like_timm() -> None:
