@@ -127,7 +127,9 @@ def evaluate_inpainting(
         data or (loaded.settings.data.path if explicit else None) or Workspace.here().require("shards", "--data").path
     )
     settings = with_overrides(
-        loaded.settings, data={"path": path, "workers": 0, "repeats": 1}, model=model.settings.model_dump()
+        loaded.settings,
+        data={"path": path, "sources": (), "workers": 0, "repeats": 1},
+        model=model.settings.model_dump(),
     )
     texts = _mask_texts(masks, settings)
     model_settings = model.settings
