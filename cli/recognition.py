@@ -254,7 +254,8 @@ def loss_sweep(
     data: DataOption = None,
     clips: Annotated[int, typer.Option("--clips", min=1, envvar="DIFFMAE_CLIPS", help="Clips of the split.")] = 64,
     steps: Annotated[
-        int, typer.Option("--steps", min=2, envvar="DIFFMAE_STEPS", help="Timesteps, evenly spread.")
+        int,
+        typer.Option("--steps", min=2, envvar="DIFFMAE_STEPS", help="Timesteps, dense where signal turns to noise."),
     ] = 11,
     ratio: Annotated[
         list[float] | None,

@@ -48,7 +48,7 @@ def loss_sweep(
         run: pre-training run; the workspace's newest by default.
         data: shards; those the run was trained on by default.
         clips: how many clips, from the start of the split.
-        steps: timesteps, evenly spread over the schedule.
+        steps: timesteps, from the first to the last, spread evenly over the angle between clean and noise.
         ratios: mask ratios; those in RATIOS and the run's own by default.
         out: folder for loss_sweep.json, loss_sweep.png and report.html.
 
@@ -73,7 +73,7 @@ def loss_sweep(
     settings = with_overrides(settings, data={"path": str(path), "sources": []})
     ratios = tuple(ratios) or tuple(sorted({*RATIOS, settings.mask.ratio}))
     last = len(model.schedule) - 1
-    timesteps = [round(last * index / (steps - 1)) for index in range(steps)]
+    timesteps = model.schedule.respace(steps).timesteps.tolist()  # dense where the signal goes, as samplers take them
     if settings.model.objective == "mae":
         timesteps = [last]  # it has no timestep: one point
     batch = max(1, min(clips, 16))

@@ -68,6 +68,8 @@ def sweep_figure(
         (line,) = axes.plot(timesteps, values, marker="o", markersize=3, label=name)
         if levels:
             axes.axhline(levels[name], color=line.get_color(), linestyle="--", linewidth=1)
+    axes.set_xscale("symlog", linthresh=10)  # noise takes over early: most of the schedule looks alike
+    axes.set_xlim(left=0)
     axes.set_xlabel("timestep")
     axes.set_ylabel("squared error on masked patches")
     axes.set_ylim(bottom=0)
