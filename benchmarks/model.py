@@ -1,6 +1,7 @@
 """Speed and memory of pre-training and sampling, beside transformers' VideoMAEForPreTraining, in one run.
 
     python benchmarks/model.py train --sizes small base --out benchmarks/results/model-train.json
+    python benchmarks/model.py memory --sizes small base --out benchmarks/results/model-memory.json
     python benchmarks/model.py sample --out benchmarks/results/model-sample.json
 
 Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
@@ -12,6 +13,7 @@ run again, and whole chains.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -103,8 +105,9 @@ def probe(dtype: torch.dtype) -> float:
     return 4 * 2 * 2048**3 / (time.perf_counter() - begin) / 1e9
 
 
-def flops(step: Callable[[], None]) -> float:
-    """Floating-point operations of a step, with attention counted as its two products."""
+def flops(size: str, arm: str, batch: int) -> float:
+    """Floating-point operations of a step, attention counted as its plain matrix products, nothing computed twice."""
+    step = make_step(size, arm, batch, torch.float32)
     with (
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
@@ -113,13 +116,14 @@ def flops(step: Callable[[], None]) -> float:
     return counter.get_total_flops()
 
 
-def train(sizes: list[str], batch: int, rounds: int, memory: bool) -> list[dict[str, Any]]:
-    """Interleaved timings of all arms, in fp32 and bf16."""
+def train(sizes: list[str], types: list[str], batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Interleaved timings of all arms."""
     rows = []
     for size in sizes:
-        for dtype in (torch.float32, torch.bfloat16):
+        work = {arm: flops(size, arm, batch) for arm in ARMS}
+        for name in types:
+            dtype = getattr(torch, name)
             steps = {arm: make_step(size, arm, batch, dtype) for arm in ARMS}
-            work = {arm: flops(step) for arm, step in steps.items()}  # also the warm-up
             seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
             peaks: dict[str, list[float]] = {arm: [] for arm in ARMS}
             for step in steps.values():
@@ -136,13 +140,14 @@ def train(sizes: list[str], batch: int, rounds: int, memory: bool) -> list[dict[
                 rows.append(
                     {
                         "size": size,
-                        "type": str(dtype).removeprefix("torch."),
+                        "type": name,
                         "arm": arm,
                         "clips_per_second": round(batch / median, 3),
                         "against_transformers": round(peer / median, 3),
                         "gflop": round(work[arm] / 1e9, 1),
                         "of_matmul_peak": round(work[arm] / 1e9 / median / statistics.median(peaks[arm]), 3),
-                        "peak_memory_mb": _memory(size, arm, batch, dtype) if memory else None,
+                        "bound_against_transformers": round(peer * statistics.median(peaks[arm]) * 1e9 / work[arm], 2),
+                        "seconds": [round(value, 3) for value in seconds[arm]],
                     }
                 )
                 print(rows[-1], flush=True)
@@ -150,10 +155,15 @@ def train(sizes: list[str], batch: int, rounds: int, memory: bool) -> list[dict[
     return rows
 
 
-def _memory(size: str, arm: str, batch: int, dtype: torch.dtype) -> int:
-    name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, __file__, "memory", "--size", size, "--arm", arm, "--batch", str(batch), "--type", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def memory(sizes: list[str], types: list[str], batch: int) -> list[dict[str, Any]]:
+    """Peak resident memory of two steps, each arm in a process of its own."""
+    rows = []
+    for size, name, arm in itertools.product(sizes, types, ARMS):
+        command = [sys.executable, __file__, "peak", "--size", size, "--arm", arm, "--batch", str(batch)]
+        done = subprocess.run([*command, "--types", name], check=True, capture_output=True, text=True)
+        rows.append({"size": size, "type": name, "arm": arm, "peak_memory_mb": int(done.stdout.split()[-1])})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def sample(size: str, pixels: int, chains: bool) -> list[dict[str, Any]]:
@@ -198,28 +208,29 @@ def _median(arm: Callable[[], Any], rounds: int) -> float:
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "sample", "memory"])
+    parser.add_argument("what", choices=["train", "memory", "peak", "sample"])
     parser.add_argument("--sizes", nargs="+", default=["small", "base"], choices=list(DECODERS))
-    parser.add_argument("--size", default="small", choices=list(PRESETS))
-    parser.add_argument("--arm", choices=ARMS, help="of `memory`")
-    parser.add_argument("--type", default="float32", choices=["float32", "bfloat16"], help="of `memory`")
+    parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--size", default="small", choices=list(PRESETS), help="of `peak` and `sample`")
+    parser.add_argument("--arm", choices=ARMS, help="of `peak`: the memory of this process after two steps")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pixels", type=int, default=112, help="of `sample`")
     parser.add_argument("--no-chains", action="store_true", help="of `sample`: skip the 50 and 1000 steps")
-    parser.add_argument("--no-memory", action="store_true", help="of `train`: skip the processes that measure memory")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "memory":
-        step = make_step(arguments.size, arguments.arm, arguments.batch, getattr(torch, arguments.type))
+    if arguments.what == "peak":
+        step = make_step(arguments.size, arguments.arm, arguments.batch, getattr(torch, arguments.types[0]))
         for _ in range(2):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         return
     if arguments.what == "train":
-        rows = train(arguments.sizes, arguments.batch, arguments.rounds, not arguments.no_memory)
+        rows = train(arguments.sizes, arguments.types, arguments.batch, arguments.rounds)
+    elif arguments.what == "memory":
+        rows = memory(arguments.sizes, arguments.types, arguments.batch)
     else:
         rows = sample(arguments.size, arguments.pixels, not arguments.no_chains)
     if arguments.out:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**19
-"""Scores (queries x keys) of a block, for each thread: 1 MiB in bf16, the second-level cache of a core."""
+BLOCK = 3 * 2**18
+"""Scores (queries x keys) of a block, for each thread: 1.5 MiB in bf16, about the second-level cache of a core."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -82,11 +82,12 @@ def blocked_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) ->
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Heads and queries of each block: several whole heads where they fit into `BLOCK`, else queries of one head."""
+    """Heads and queries of each block: a head for each thread, more where they fit, fewer queries where they do not."""
     (heads, queries, _), keys = q.shape, k.shape[1]
-    room = BLOCK * max(2, torch.get_num_threads())
-    together = max(1, room // (queries * keys))
-    size = math.ceil(queries / math.ceil(queries * keys / room))
+    threads = torch.get_num_threads()
+    room = BLOCK * max(2, threads)
+    together = min(heads, max(threads, room // (queries * keys)))
+    size = math.ceil(queries / math.ceil(together * queries * keys / room))
     for head in range(0, heads, together):
         for query in range(0, queries, size):
             yield slice(head, head + together), slice(query, query + size)

@@ -176,16 +176,10 @@ def import_weights(
     found = detect_source(raw)
     if source not in ("auto", found) and not (source, found) == ("mae", "timm"):  # MAE's encoders carry timm's names
         raise UsageError(f"{file} looks like weights of {found}, not of {source}; correct SOURCE, or give auto.")
+    known = found if source == "auto" else source
     config = _read_config(Path(file))
-    slowfast = any(name.removeprefix("module.").startswith("pred_head.") for name in raw)
-    tensors = canonical_names(raw)
-    encoder = _Geometry(tensors, frames, size, config)
-    tensors = encoder.inflate(tensors, inflate)
-    settings = _settings(
-        found if source == "auto" else source, tensors, encoder, config, heads, decoder_heads, slowfast
-    )
-    converted = to_ours(tensors, settings)
-    model = _build(settings, converted, source=found)
+    settings, converted = translate(raw, known, frames, size, heads, decoder_heads, inflate, config)
+    model = build(settings, converted, found)
     problems = tensor_problems(model, converted)
     if problems and not allow_partial:
         raise DataError(
@@ -196,6 +190,33 @@ def import_weights(
     model.load_state_dict(fitting, strict=False)
     model.info = {"imported_from": found, "file": Path(file).name, "problems": problems}
     return model
+
+
+def translate(
+    raw: Tensors,
+    source: str,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    inflate: str = "central",
+    config: dict[str, Any] | None = None,
+) -> tuple[ModelSettings, Tensors]:
+    """Settings that another project's tensors ask for, and the tensors under our names.
+
+    Args:
+        raw: by their own names.
+        source: one of SOURCES but `auto`.
+        frames: as the other options, see `import_weights`.
+        config: Hugging Face's config.json.
+    """
+    config = config or {}
+    slowfast = any(name.removeprefix("module.").startswith("pred_head.") for name in raw)
+    tensors = canonical_names(raw)
+    geometry = _Geometry(tensors, frames, size, config)
+    tensors = geometry.inflate(tensors, inflate)
+    settings = _settings(source, tensors, geometry, config, heads, decoder_heads, slowfast)
+    return settings, to_ours(tensors, settings)
 
 
 class _Geometry:
@@ -374,7 +395,8 @@ def _positions(tensors: Tensors, prefix: str, times: int, kind: str) -> Tensors:
     return place | {"spatial": table[:, classes:], "temporal": torch.zeros(1, times, table.shape[2])}
 
 
-def _build(settings: ModelSettings, converted: Tensors, source: str) -> DiffMAE | Classifier:
+def build(settings: ModelSettings, converted: Tensors, source: str) -> DiffMAE | Classifier:
+    """The model, with initial weights, that holds such tensors; `source` tells what a class token is for."""
     if any(name.startswith("decoder.") for name in converted):
         return DiffMAE(settings)
     classes = converted["head.weight"].shape[0] if "head.weight" in converted else 0
