@@ -5,6 +5,7 @@
     python benchmarks/data.py shard FOLDER      # clips/s, against the ffmpeg command doing the same
     python benchmarks/data.py encode CLIPS...   # bytes, PSNR and decode time of encoding settings
     python benchmarks/data.py soak CLIPS...     # memory and descriptors over 20,000 clips
+    python benchmarks/data.py order             # shuffling against a full shuffle
 
 Times are CPU time of one process; the methods of one table take turns, so that noise of the machine hits them alike.
 torchcodec needs a CUDA-built torch beside it: make a virtual environment for it and give its --torchcodec-python.
@@ -351,18 +352,43 @@ def soak(arguments: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+def order(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Class mix of batches of 256 and travel of samples against a full shuffle; 240,000 samples, 400 classes."""
+    from diffmae_video.data.order import epoch_order
+
+    samples, classes, batch, draw = 240_000, 400, 256, np.random.default_rng(0)
+    shards, rows = np.arange(samples) // 512, []
+    layouts = {"as diffmae shard deals": draw.permutation(np.arange(samples) % classes)}
+    layouts["sorted by class"] = np.sort(np.arange(samples) % classes)
+
+    def mix(places: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        batches = labels[places[: samples // batch * batch]].reshape(-1, batch)
+        counts = np.stack([np.bincount(one, minlength=classes) for one in batches])
+        return float((counts > 0).sum(1).mean()), float(counts.var())
+
+    for name, labels in layouts.items():
+        full = mix(draw.permutation(samples), labels)
+        for block in (1, 4, 16, 64, len(shards)):
+            places = epoch_order(shards, 0, 0, block)
+            distinct, variance = mix(places, labels)
+            row = {"classes in shards": name, "shuffle_block": block, "classes in a batch": distinct, "full": full[0]}
+            travel = np.abs(np.argsort(places) - np.arange(samples)).mean() / samples
+            rows.append(row | {"variance / full": variance / full[1], "travel (1/3 is full)": float(travel)})
+    return rows
+
+
 def main() -> None:
     """Parse, measure, print a table, and write a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "read", "shard", "encode", "soak"))
-    parser.add_argument("paths", nargs="+")
+    parser.add_argument("what", choices=("decode", "read", "shard", "encode", "soak", "order"))
+    parser.add_argument("paths", nargs="*")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--ffmpeg", default="ffmpeg", help="path of an ffmpeg with libx264")
     parser.add_argument("--torchcodec-python", help="python of an environment with torchcodec")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
-    measures = {"decode": decode, "read": read, "shard": shard, "encode": encode, "soak": soak}
+    measures = {"decode": decode, "read": read, "shard": shard, "encode": encode, "soak": soak, "order": order}
     rows = measures[arguments.what](arguments)
     names = list(rows[0])
     print(" | ".join(names))

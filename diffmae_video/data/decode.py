@@ -22,15 +22,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from diffmae_video.data.media import DEFAULT_LIMITS, Limits, demuxer_of, read_bytes
-from diffmae_video.data.packets import (
-    StoredPacket,
-    Unusable,
-    has_turned_track,
-    is_hidden,
-    is_unreferenced,
-    nal_length,
-    presentation,
-)
+from diffmae_video.data.packets import PacketTable, Unusable, has_turned_track, is_unreferenced, nal_length
 from diffmae_video.data.paint import Box, Canvas
 from diffmae_video.errors import DataError
 
@@ -86,7 +78,7 @@ class Video:
         self.limits = limits
         self.format = demuxer_of(self.data)
         self.known = known and self.format == "mov"
-        self._table: list[StoredPacket] | None = None
+        self._table: PacketTable | None = None
         self._counted: int | None = None
         self._rotation: int | None = None
         self._clock: tuple[int, int, Fraction | None] | None = None
@@ -168,8 +160,7 @@ class Video:
             if entries is not None:
                 self._counted = len(entries)
             else:
-                table = self._packets()
-                order = self._shown(table)
+                order = self._shown()
                 self._counted = len(order) if order is not None else sum(1 for _ in self.decode_all())
         return self._counted
 
@@ -298,36 +289,36 @@ class Video:
                         yield position, frames[0]
                 position += 1
 
-    def _packets(self) -> list[StoredPacket]:
+    def _packets(self) -> PacketTable:
         """Every packet of the stream, read once."""
         if self._table is None:
             self._rewind()
-            self._table = []
+            packets = []
             for packet in self._demux():
-                if packet.size == 0:
-                    continue
-                hidden = packet.is_discard or is_hidden(self.codec.name, packet)
-                self._table.append(StoredPacket(packet, packet.pts, packet.is_keyframe, hidden))
-                if len(self._table) > self.limits.frames:
-                    raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
+                if packet.size:
+                    packets.append(packet)
+                    if len(packets) > self.limits.frames:
+                        told = f"{self.name} has more than {self.limits.frames} frames"
+                        raise DataError(f"{told}; leave it out or cut it.")
+            self._table = PacketTable(packets, self.codec.name)
         return self._table
 
-    def _shown(self, table: list[StoredPacket]) -> list[int] | None:
-        return None if self.format == "avi" else presentation(table)  # AVI has no times, and packets without a frame
+    def _shown(self) -> list[int] | None:
+        """Places of the shown packets in display order; AVI has no times, and packets without a frame."""
+        return None if self.format == "avi" else self._packets().presentation()
 
     def _by_table(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """From a table of packets, decode only what the wanted frames refer to."""
-        table = self._packets()
-        order = self._shown(table)
+        order, packets, pts = self._shown(), self._packets().packets, self._packets().pts
         if order is None or numbers[-1] >= len(order):
             raise Unusable
         places = {order[number]: number for number in numbers}  # place in decode order -> frame number
-        by_pts = {table[place].pts: number for place, number in places.items()}
+        by_pts = {pts[place]: number for place, number in places.items()}
         length = nal_length(self.codec)
-        keys = [place for place, packet in enumerate(table) if packet.key]
+        keys = self._packets().keys[::-1]
         ranges: list[list[int]] = []
         for place in sorted(places):
-            start = next((k for k in reversed(keys) if k <= place and table[k].pts <= table[place].pts), 0)
+            start = next((key for key in keys if key <= place and pts[key] <= pts[place]), 0)
             if ranges and start <= ranges[-1][1] + 1:
                 ranges[-1][1] = max(ranges[-1][1], place)
             else:
@@ -338,10 +329,10 @@ class Video:
             for place in range(start, stop + 2):  # frames leave at once, so that the decoder has few buffers to fill
                 if place > stop:
                     frames = codec.decode(None)
-                elif place not in places and length and is_unreferenced(table[place].packet, length):
+                elif place not in places and length and is_unreferenced(packets[place], length):
                     continue
                 else:
-                    frames = table[place].packet.decode()
+                    frames = packets[place].decode()
                 for frame in frames:
                     number = by_pts.pop(frame.pts, None)
                     if number is not None:

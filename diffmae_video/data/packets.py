@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import av
 
 
@@ -11,27 +9,27 @@ class Unusable(Exception):
     """A strategy met something it cannot be exact about."""
 
 
-@dataclass
-class StoredPacket:
-    """A packet of the table that `Video` keeps, with what is asked of it often."""
+class PacketTable:
+    """Every packet of a stream in decode order, as columns (an object for each costs as much as decoding a frame)."""
 
-    packet: av.Packet
-    pts: int | None
-    key: bool
-    hidden: bool
+    def __init__(self, packets: list[av.Packet], codec: str):
+        self.packets = packets
+        self.pts = [packet.pts for packet in packets]
+        self.keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+        self.hidden = {place for place, packet in enumerate(packets) if packet.is_discard}
+        self.corrupt = any(packet.is_corrupt for packet in packets)
+        if codec in ("vp8", "libvpx"):
+            self.hidden |= {place for place, packet in enumerate(packets) if _is_hidden_vp8(packet)}
 
-
-def presentation(table: list[StoredPacket]) -> list[int] | None:
-    """Places of the shown packets in display order, or None where times do not tell."""
-    shown = [place for place, packet in enumerate(table) if not packet.hidden]
-    if not shown or not table[0].key:
-        return None
-    stamps = [table[place].pts for place in shown]
-    if any(stamp is None for stamp in stamps) or len(set(stamps)) != len(stamps):
-        return None
-    if any(packet.pts is None or packet.packet.is_corrupt for packet in table) or min(stamps) < table[0].pts:
-        return None
-    return [place for _, place in sorted(zip(stamps, shown, strict=True))]
+    def presentation(self) -> list[int] | None:
+        """Places of the shown packets in display order, or None where times do not tell."""
+        shown = [place for place in range(len(self.pts)) if place not in self.hidden]
+        if not shown or not self.keys or self.keys[0] != 0 or self.corrupt or None in self.pts:
+            return None
+        stamps = {self.pts[place] for place in shown}
+        if len(stamps) != len(shown) or min(stamps) < self.pts[0]:
+            return None
+        return sorted(shown, key=self.pts.__getitem__)
 
 
 def nal_length(codec: av.VideoCodecContext) -> int:
@@ -54,9 +52,9 @@ def is_unreferenced(packet: av.Packet, length: int) -> bool:
     return False
 
 
-def is_hidden(codec: str, packet: av.Packet) -> bool:
+def _is_hidden_vp8(packet: av.Packet) -> bool:
     """VP8 keeps frames that are only referred to in packets of their own (RFC 6386, 9.1: show_frame)."""
-    return codec in ("vp8", "libvpx") and packet.size > 0 and not memoryview(packet)[0] & 0x10
+    return packet.size > 0 and not memoryview(packet)[0] & 0x10
 
 
 def has_turned_track(data: bytes) -> bool:

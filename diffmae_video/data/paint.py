@@ -37,6 +37,8 @@ class Canvas:
                 self.wanted.setdefault(int(number), []).append((clip, slot))
         self.painters = [Painter(crop, size, rotation) for crop in crops]
         self.frames: list[np.ndarray | None] = [None] * len(indices)
+        if size and len(set(self.lengths)) == 1:  # one block: many large arrays would be mapped anew for every video
+            self.frames = list(np.empty((len(indices), self.lengths[0], 3, *size), np.uint8))  # (clips, T, C, H, W)
         self.times = [np.full(length, np.nan) for length in self.lengths]
         self.missing = set(self.wanted)
 
@@ -87,6 +89,11 @@ class Painter:
 
     def _through_graph(self, frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
         """Crop and scale in one pass: FFmpeg's crop moves pointers, so only the box is converted."""
+        if min(self.crop[2:]) < 2:  # less than a chroma sample wide, which FFmpeg's crop makes nothing of
+            left, top, width, height = self.crop
+            rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            box = np.ascontiguousarray(rgb[top : top + height, left : left + width])
+            return VideoReformatter().reformat(av.VideoFrame.from_ndarray(box, "rgb24"), *size[::-1], "gbrp", threads=1)
         key = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
         if key != self.graph_key:
             left, top, width, height = self.crop

@@ -211,10 +211,11 @@ class ClipStream:
         )
 
     def close(self) -> None:
-        """Stop the workers; the state stays."""
+        """Stop the workers and close the shards; the state stays."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._clips.close()
 
     def __enter__(self) -> ClipStream:
         return self
@@ -344,6 +345,11 @@ class _Clips(Dataset):
         self.transform, self.number, self.directional = transform, number, directional
         self.table = manifest.samples(split)
         self.reader: ShardReader | None = None
+
+    def close(self) -> None:
+        """Close the shards that this process reads by itself (without workers); reading on opens them again."""
+        if self.reader is not None:
+            self.reader.close()
 
     def __getitem__(self, request: _Request) -> Batch | _Failure:
         try:

@@ -79,8 +79,7 @@ def test_unreferenced_packets_are_dropped(monkeypatch: pytest.MonkeyPatch) -> No
     decoded: list[int] = []
     with Video(data) as video:
         table = video._packets()
-        for entry in table:
-            entry.packet = _Spy(entry.packet, decoded)
+        table.packets = [_Spy(packet, decoded) for packet in table.packets]
         monkeypatch.setattr("diffmae_video.data.decode.is_unreferenced", _look_through)
         out = dict(video._by_table([1, 5, 9, 13]))
     assert sorted(out) == [1, 5, 9, 13]
@@ -90,7 +89,6 @@ def test_unreferenced_packets_are_dropped(monkeypatch: pytest.MonkeyPatch) -> No
 class _Spy:
     def __init__(self, packet: av.Packet, decoded: list[int]):
         self.packet, self.decoded = packet, decoded
-        self.is_corrupt = packet.is_corrupt
 
     def decode(self) -> list[av.VideoFrame]:
         self.decoded.append(1)
@@ -123,6 +121,16 @@ def test_crop_and_scale(size: tuple[int, int]) -> None:
     assert (scaled.float() - expected).abs().mean() < 4
     for _ in range(3):  # rows are written to their end
         assert torch.equal(read_clips(data, [[1]])[0].frames, whole)
+
+
+@pytest.mark.parametrize("box", [(3, 1, 1, 1), (0, 0, 1, 8), (2, 5, 9, 1)])
+def test_boxes_of_one_pixel(box: tuple[int, int, int, int]) -> None:
+    data = make_video(frames=2, size=(16, 16))
+    clip = read_clips(data, [[0, 1]], [box], (8, 8))[0].frames
+    left, top, width, height = box
+    full = torch.from_numpy(reference(data)[1])[top : top + height, left : left + width].float()
+    assert clip.shape == (2, 3, 8, 8)
+    assert (clip[1].float().mean((1, 2)) - full.mean((0, 1))).abs().max() < 6
 
 
 def test_crop_outside_the_frame_is_an_error() -> None:

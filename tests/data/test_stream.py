@@ -209,6 +209,16 @@ def test_workers_leave_with_the_stream(shards: Path) -> None:
     assert not alive
 
 
+def test_closed_streams_leave_no_files_open(shards: Path) -> None:
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        with build_stream(settings(shards), split="train", batch_size=6, training=True) as stream:
+            first = next(iter(stream)).keys
+            stream.load_state_dict({"epoch": 0, "consumed": 0})
+            assert next(iter(stream)).keys == first
+    assert psutil.Process().num_fds() == before
+
+
 def test_wrong_requests(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split"):
         build_stream(settings(shards), split="val", batch_size=2, training=True)
@@ -233,6 +243,22 @@ def test_epoch_order_is_a_permutation_and_mixes_like_a_full_shuffle() -> None:
     assert travel[0] > 0.25
     spread = [np.mean([len(set(shards[batch])) for batch in one.reshape(-1, 64)]) for one in (order, full)]
     assert spread[0] > 0.9 * 16 * (1 - (1 - 1 / 16) ** 64)  # as many shards in a batch as 16 can give
+
+
+def test_batches_mix_classes_like_a_full_shuffle() -> None:
+    """`diffmae shard` deals classes over shards by hash; then a block of shards holds them as the whole set does."""
+    draw = np.random.default_rng(0)
+    labels = draw.permutation(np.arange(25_600) % 40)
+    shards = np.arange(25_600) // 128
+    order = epoch_order(shards, seed=0, epoch=0, block=16)
+    mixes = []
+    for one in (order, draw.permutation(25_600)):
+        batches = labels[one].reshape(-1, 64)
+        mixes.append(
+            [np.mean([len(set(batch)) for batch in batches]), np.var([np.bincount(b, minlength=40) for b in batches])]
+        )
+    assert mixes[0] == pytest.approx(mixes[1], rel=0.02)
+    assert mixes[0][0] == pytest.approx(40 * (1 - (39 / 40) ** 64), rel=0.02)
 
 
 def test_label_subset_is_stratified_and_nested_by_seed() -> None:
