@@ -67,22 +67,25 @@ class DecoderBlock(nn.Module):
         valid: Tensor | None,
         context_valid: Tensor | None,
         condition: Tensor | None,
+        last: int | None = None,
     ) -> Tensor:
-        """x (B, L, E) with context (B, K, D) and condition (B, E) -> (B, L, E)."""
+        """x (B, L, E) with context (B, K, D) and condition (B, E) -> (B, L, E), or the `last` tokens of it."""
         parts = iter(self.modulation(condition)[:, None].chunk(self.parts, 2) if self.modulation else [None] * 3)
         if self.cross_attn is not None:
             context = self.context_norm(context)
             x = _residual(x, self.norm0, lambda y: self.cross_attn(y, context, context_valid), next(parts))
         if self.attn is not None:
-            x = _residual(x, self.norm1, lambda y: self.attn(y, valid), next(parts))
+            x = _residual(x, self.norm1, lambda y: self.attn(y, valid, last), next(parts))
         return _residual(x, self.norm2, self.mlp, next(parts))
 
 
 def _residual(x: Tensor, norm: nn.Module, part: nn.Module, modulation: Tensor | None) -> Tensor:
     if modulation is None:
-        return x + part(norm(x))
-    shift, scale, gate = modulation.chunk(3, 2)  # (B, 1, E) each
-    return x + gate * part(norm(x) * (1 + scale) + shift)
+        y = part(norm(x))
+    else:
+        shift, scale, gate = modulation.chunk(3, 2)  # (B, 1, E) each
+        y = gate * part(norm(x) * (1 + scale) + shift)
+    return x[:, x.shape[1] - y.shape[1] :] + y  # a part may return the last tokens alone
 
 
 class Decoder(nn.Module):
@@ -182,13 +185,15 @@ class Decoder(nn.Module):
                 seen = torch.cat([self.cls_token.expand(len(seen), -1, -1).to(seen.dtype), seen[:, 1:]], 1)
             x = torch.cat([seen + places, x], 1)  #                        (B, V + M, E)
             valid = _join(visible_valid, valid, seen, masked)
-        for block, link in zip(self.blocks, self.links, strict=True):
+        for number, (block, link) in enumerate(zip(self.blocks, self.links, strict=True), 1):
             context = None if block.cross_attn is None else features[link]  # (B, V, D)
+            # nobody reads what the last joint block makes of visible tokens
+            last = masked if self.latent_embed is not None and number == len(self.blocks) else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, context, valid, visible_valid, condition, use_reentrant=False)
+                x = checkpoint(block, x, context, valid, visible_valid, condition, last, use_reentrant=False)
             else:
-                x = block(x, context, valid, visible_valid, condition)
-        return self.head(self.norm(x[:, -masked:]))  #                     (B, M, outputs)
+                x = block(x, context, valid, visible_valid, condition, last)
+        return self.head(self.norm(x))  #                                  (B, M, outputs)
 
 
 def _join(visible_valid: Tensor | None, valid: Tensor | None, seen: Tensor, masked: int) -> Tensor | None:

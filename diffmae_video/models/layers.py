@@ -47,10 +47,26 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attend among x (B, L, D); tokens with valid (B, L) False are not attended to."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
-        return self.proj(attend(q, k, v, valid))  #                          (B, L, D)
+    def forward(self, x: Tensor, valid: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Attend among x (B, L, D).
+
+        Args:
+            x: tokens.
+            valid: bool (B, L), False on tokens that are not attended to.
+            last: how many of the last tokens ask; all by default.
+
+        Returns:
+            (B, L or last, D).
+        """
+        if last is None:
+            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
+        else:
+            width = x.shape[2]
+            bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((width, 2 * width))
+            weight = self.qkv.weight.split((width, 2 * width))
+            q = F.linear(x[:, -last:], weight[0], bias[0]).unflatten(2, (self.heads, -1))
+            k, v = F.linear(x, weight[1], bias[1]).unflatten(2, (2, self.heads, -1)).unbind(2)
+        return self.proj(attend(q, k, v, valid))
 
 
 class CrossAttention(nn.Module):
