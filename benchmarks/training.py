@@ -49,12 +49,16 @@ def make_shards(folder: Path, clips: int = 256) -> Path:
     return folder / "shards"
 
 
-def pretrain(shards: Path, out: Path, recipe: str, overrides: list[str], *options: str) -> subprocess.Popen[bytes]:
-    """Start `diffmae pretrain` in a process of its own, with threads as it chooses them."""
+def pretrain(
+    shards: Path, out: Path, recipe: str, overrides: list[str], *options: str, threads: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `diffmae pretrain` in a process of its own; without `threads` it takes its share of the cores."""
     words = ["pretrain", "--data", str(shards), "--out", str(out), "--recipe", recipe, "--device", "cpu", *options]
     for text in (*PLAIN, *overrides):
         words += ["--set", text]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     environment["DIFFMAE_WORKSPACE"] = str(out.parent)
     return subprocess.Popen([*COMMAND, *words], env=environment, stdout=subprocess.DEVNULL)
 
@@ -85,9 +89,8 @@ def processes(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     one, many = (statistics.median(found) for found in rates.values())
     print(f"| processes x threads | clips/s, {options.rounds} rounds | median |\n|---|---|---|")
     for count, found in rates.items():
-        print(
-            f"| {count} x {cores // count} | {', '.join(f'{rate:.2f}' for rate in found)} | {statistics.median(found):.2f} |"
-        )
+        listed = ", ".join(f"{rate:.2f}" for rate in found)
+        print(f"| {count} x {cores // count} | {listed} | {statistics.median(found):.2f} |")
     print(f"\nratio {many / one:.3f} (goal 0.95)")
     return {"model": "video-tiny 16x96x96, batch 16", "clips_per_s": rates, "ratio": round(many / one, 4)}
 
@@ -109,7 +112,7 @@ def rss(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shards, steps, out = make_shards(folder, 64), options.steps or 5000, folder / "run"
     small = ["model.size=[16, 16]", "model.frames=4", "train.batch_size=8", "data.workers=1", "train.log_every=10"]
     often = [f"train.steps={steps}", "train.checkpoint_every=250", "train.picture_every=500", "train.ema=0.99"]
-    process = pretrain(shards, out, "smoke", small + often)
+    process = pretrain(shards, out, "smoke", small + often, threads=1)
     samples: list[tuple[int, float, float]] = []  # step, MiB of the run, MiB of its workers
     while process.poll() is None:
         time.sleep(0.5)
@@ -159,7 +162,7 @@ def data(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)  # the other core decodes
     for number in (0, 1, 2):
         fixed = [f"train.steps={steps}", "train.batch_size=16", "train.log_every=5", f"data.workers={number}", *PLAIN]
-        settings = load_settings(options.recipe, "pretrain", [*fixed, *sizes, f"data.path={shards}"])
+        settings = load_settings(options.recipe, "pretrain", [*fixed, *sizes, *options.set, f"data.path={shards}"])
         alone = _stream_rate(settings, steps)
         model, _ = _train_rate(settings, folder / f"model-{number}", repeated=True)
         both, wait = _train_rate(settings, folder / f"both-{number}")
@@ -168,7 +171,12 @@ def data(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for row in rows:
         rates = " | ".join(f"{row[name]:.1f}" for name in ("stream", "model", "training"))
         print(f"| {row['workers']} | {rates} | {row['data_wait']:.1%} |")
-    return {"recipe": options.recipe, "shards": "embedded clips" if options.shards is None else "given", "rows": rows}
+    return {
+        "recipe": options.recipe,
+        "set": options.set,
+        "shards": options.shards.name if options.shards else "embedded",
+        "rows": rows,
+    }
 
 
 def _stream_rate(settings: Settings, batches: int) -> float:
@@ -268,7 +276,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, help="of `data`, instead of embedded clips")
     parser.add_argument("--recipe", default="video-tiny", help="of `data` and `step`")
     parser.add_argument("--clips", type=int, default=4, help="of `step`")
-    parser.add_argument("--set", nargs="*", default=[], help="of `step`")
+    parser.add_argument("--set", nargs="*", default=[], help="of `data` and `step`: settings")
     parser.add_argument("--json", type=Path, help="file that receives the figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -14,13 +14,26 @@ from diffmae_video.training.run import read_status
 
 _CURVES = (  # title, columns of metrics.jsonl, logarithmic
     ("Loss", ("loss", "val_loss"), True),
-    ("Accuracy", ("train_top1", "top1", "top5"), False),
+    ("Accuracy", ("train_top1", "val_top1", "val_top5"), False),
     ("Learning rate", ("lr",), False),
     ("Gradient norm", ("grad_norm",), True),
     ("Clips a second", ("clips_per_s",), False),
-    ("Shares of time", ("data_wait", "overhead", "mfu"), False),
+    ("Shares of time", ("data_wait", "overhead", "aside", "mfu"), False),
     ("Memory, GiB", ("peak_memory",), False),
 )
+_FIGURES = {  # column of metrics.jsonl: what it is called, how it is written
+    "loss": ("loss", "{:.4g}"),
+    "val_loss": ("validation loss", "{:.4g}"),
+    "val_top1": ("validation top-1", "{:.1%}"),
+    "grad_norm": ("gradient norm", "{:.4g}"),
+    "clips_per_s": ("clips a second", "{:.4g}"),
+    "data_wait": ("time waiting for data", "{:.1%}"),
+    "overhead": ("time outside model and data", "{:.1%}"),
+    "mfu": ("share of peak FLOP/s (MFU)", "{:.1%}"),
+    "peak_memory": ("memory of the process", "{:.2f} GiB"),
+    "bad_samples": ("unreadable samples", "{:.0f}"),
+    "skipped": ("steps skipped", "{:.0f}"),
+}
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]] | None:
@@ -32,9 +45,9 @@ def _facts(directory: Path, lines: list[dict[str, Any]]) -> list[tuple[str, str]
     status = read_status(directory) or {}
     last = {name: value for line in lines for name, value in line.items()}
     rows = [("status", f"{status.get('status', 'unknown')}, step {last.get('step', 0)} of {status.get('total', '?')}")]
-    for name in ("loss", "val_loss", "top1", "clips_per_s", "data_wait", "overhead", "mfu", "peak_memory"):
+    for name, (label, form) in _FIGURES.items():
         if last.get(name) is not None:
-            rows.append((name, f"{last[name]:.4g}"))
+            rows.append((label, form.format(last[name])))
     return rows + [(name, str(value)) for name, value in (status.get("machine") or {}).items()]
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from diffmae_video import errors
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
 
-SHUTDOWN_SECONDS = 20  # how long the other ranks of a failed or stopped run may take to leave
+SHUTDOWN_SECONDS = 20  # how long the ranks of a stopped run may take to save and leave
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
 
     Args:
         function: a module-level function; its return value must be picklable.
-        nproc: processes; the first failing one ends all within SHUTDOWN_SECONDS, and its error alone is raised here.
+        nproc: processes; the first failing one ends all (they miss it at once; the launcher kills after 30 seconds
+            what is left), and its error alone is raised here.
 
     Returns:
         What rank 0 returned.

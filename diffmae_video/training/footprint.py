@@ -23,7 +23,7 @@ from diffmae_video.training.optim import MovingAverage, build_optimizer
 from diffmae_video.training.state import run_tensors
 
 # What allocators, and the libraries behind matrix products, take beyond the tensors: with these two the resident memory
-# of real steps on a CPU is met within 15% (benchmarks/training.py memory)
+# of real steps on a CPU is met within 10% (benchmarks/training.py memory)
 ALLOCATOR_FACTOR = 1.1
 LIBRARY_BYTES = 50 * 2**20
 

@@ -166,7 +166,8 @@ class Trainer:
                 if due["save"] or improved:
                     self.save()
                 if self.report and self.distributed.main and (due["pictures"] or due["validate"] or due["save"]):
-                    self.report(self.directory)
+                    with self.meter.aside():
+                        self.report(self.directory)
                 if stop:
                     self.files.wait()
                     raise Stopped(

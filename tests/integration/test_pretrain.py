@@ -91,8 +91,10 @@ def test_image_and_joint(run, workspace, tmp_path):
 
 def test_dry_run_makes_nothing(run, workspace):
     before = sorted(workspace.rglob("*"))
-    output = run("pretrain", "--video", "--dry-run", "--throughput", "100")
+    output = run("pretrain", "--video", "--dry-run", "--throughput", "100", "--set", "data.workers=500")
+    assert "data.workers = 500 in each of 1 process(es) is more than" in output
     assert "parameters" in output
+    assert "GiB (tensors, allocator" in output
     assert "100 clips/s as given" in output
     assert sorted(workspace.rglob("*")) == before
 
@@ -123,6 +125,7 @@ def test_report_of_several_runs_opens_in_a_browser(run, tmp_path):
     text = page.read_text()
     assert "seed" in text
     assert "one loss" in text
+    assert "time waiting for data" in text
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no Chromium here")

@@ -121,9 +121,7 @@ def fail_on_rank_one():
         processes.barrier()
 
 
-def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd, monkeypatch):
-    assert distributed.SHUTDOWN_SECONDS < 25  # what the others have; with it all have ended within 30
-    monkeypatch.setattr(distributed, "SHUTDOWN_SECONDS", 2)
+def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd):
     started = time.monotonic()
     with pytest.raises(DataError, match=r"Shard x is damaged; make it again\."):
         distributed.launch(fail_on_rank_one, {}, 2)
