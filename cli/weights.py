@@ -88,7 +88,7 @@ def import_command(
     size = model.encoder
     typer.echo(
         f"Imported {model.info['imported_from']} into {target}: {type(model).__name__}, {size.width} wide, "
-        f"{size.depth} blocks, {size.heads} heads. Use it with --checkpoint {target}."
+        f"{size.depth} blocks, {size.heads} heads. Use it with `finetune --init {target}`, or as --checkpoint."
     )
 
 
