@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines.index import index
 
+CHILD = "DIFFMAE_BENCHMARK_CHILD"
 KINDS = {".avi": "avi", ".mkv": "mkv", ".webm": "webm", ".mov": "mov"}
 
 
@@ -88,12 +90,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if CHILD not in os.environ:  # a process of its own, so that what it leaves behind can be seen once it is gone
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {CHILD: "1", "TMPDIR": folder}
+            done = subprocess.run([sys.executable, *sys.argv], env=environment, timeout=900, check=True)
+            print("left in the temporary folder after exit:", os.listdir(folder), "exit code:", done.returncode)
+        return
     source = arguments.folder.resolve()
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name != "README.md"]
     table: dict[str, dict[str, object]] = {str(path.relative_to(source)): {} for path in files}
-    temporary, before = set(os.listdir(tempfile.gettempdir())), psutil.Process().num_fds()
+    before = psutil.Process().num_fds()
     with tempfile.TemporaryDirectory() as home:
-        temporary.add(Path(home).name)
         os.chdir(home)
         whole = measured(lambda: str(call("shard", str(source), "sharded", "--layout", "flat")))
         rejected = [json.loads(line) for line in Path("sharded/rejected.jsonl").read_text().splitlines()]
@@ -110,14 +117,13 @@ def main() -> None:
         settings = ["--set", "data.max_bad_fraction=1.0", "--set", "data.workers=1", "--set", "train.steps=15"]
         recipe = ("--recipe", "smoke", "--data", "mixed", "--out", "run")
         training = measured(lambda: str(call("pretrain", *recipe, *settings)))
-        place = ("--checkpoint", "run", "--out", "filled", "--steps", "1", "--stride", "4")
+        place = ("--checkpoint", "run", "--out", "filled", "--steps", "1", "--window", "whole")
         for name, row in table.items():
             shutil.rmtree("filled", ignore_errors=True)
             row["render"] = measured(lambda name=name: str(call("render-inpaint", str(source / name), *place)[0]))
         left = [str(path) for path in Path(".").rglob("*.tmp")]
-        children = [" ".join(child.cmdline()[:4]) for child in psutil.Process().children(recursive=True)]
+        children = [" ".join(child.cmdline()[-2:]) for child in psutil.Process().children(recursive=True)]
         os.chdir("/")
-    left += sorted(set(os.listdir(tempfile.gettempdir())) - temporary)
     summary = {
         "files": len(files),
         "shard": whole | {"by reason": dict(Counter(str(row["shard"]) for row in table.values()))},

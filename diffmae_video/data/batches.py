@@ -1,0 +1,199 @@
+"""What a data worker does: read, decode and augment the samples of one batch. Requests come from stream.py."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffmae_video.config import DataSettings
+from diffmae_video.data.decode import Video
+from diffmae_video.data.images import open_image
+from diffmae_video.data.order import clip_seeds, mix
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
+from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
+from diffmae_video.data.transforms import ClipTransform, as_generator
+from diffmae_video.errors import DataError
+
+_SUBSTITUTES = 8  # other samples that are tried in place of an unreadable one
+
+
+@dataclass
+class Batch:
+    """Clips of one rank; B counts clips, `repeats` of them from each video."""
+
+    clips: Tensor  # uint8 (B, T, C, H, W)
+    labels: Tensor  # int64 (B,), -1 = none
+    keys: list[str]  # B of them
+    samples: Tensor  # int64 (B,), index within the split
+    seeds: Tensor  # int64 (B,), function of (seed, epoch, sample, repeat)
+    epoch: int = 0  # of the first sample of the batch
+    position: int = 0  # samples of all epochs that all ranks have consumed after this batch
+    bad: dict[str, int] = field(default_factory=dict)  # unreadable samples by reason
+    source: int = 0  # which source of a joint mix
+    directional: bool = False  # labels tell left from right: do not flip
+
+    def pin_memory(self) -> Batch:
+        """Page-locked tensors, for asynchronous copies to a GPU (torch's DataLoader calls this)."""
+        for name in ("clips", "labels", "samples", "seeds"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch of one rank, computed in the main process; workers only read and decode."""
+
+    samples: np.ndarray  # int64 (videos,)
+    epochs: np.ndarray  # int64 (videos,)
+    position: int
+    upcoming: tuple[int, ...] = ()  # remote shards that will be needed about one block of shards later
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of a worker, told in the main process."""
+
+    message: str
+
+
+class ClipReader(Dataset):
+    """Read, decode and augment the samples of a request; lives in the workers."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        data: DataSettings,
+        frames: int,
+        repeats: int,
+        training: bool,
+        seed: int,
+        transform: ClipTransform,
+        number: int,
+        directional: bool,
+    ):
+        self.manifest, self.split, self.data = manifest, split, data
+        self.frames, self.repeats, self.training, self.seed = frames, repeats, training, seed
+        self.transform, self.number, self.directional = transform, number, directional
+        self.table = manifest.samples(split)
+        self.reader: ShardReader | None = None
+
+    def close(self) -> None:
+        """Close the shards that this process reads by itself (without workers); reading on opens them again."""
+        if self.reader is not None:
+            self.reader.close()
+
+    def __getitem__(self, request: Request) -> Batch | Failure:
+        try:
+            return self._batch(request)
+        except DataError as error:
+            return Failure(str(error))
+
+    def _batch(self, request: Request) -> Batch:
+        if self.reader is None:
+            self.reader = ShardReader(self.manifest, self.data.cache_dir, self.data.cache_gib)
+        if request.upcoming and self.reader.cache:
+            self.reader.cache.prefetch(list(request.upcoming))
+        bad: dict[str, int] = {}
+        clips: list[Tensor] = []
+        samples: list[int] = []
+        seeds: list[int] = []
+        for wanted, epoch in zip(request.samples.tolist(), request.epochs.tolist(), strict=True):
+            for sample in self._candidates(wanted, epoch):
+                draws = clip_seeds(self.seed, epoch, np.int64(sample), np.arange(self.repeats))
+                try:
+                    clips += self._read(sample, draws.tolist())
+                except (DataError, OSError, ValueError, MemoryError) as error:
+                    reason = "unreadable" if isinstance(error, DataError) else type(error).__name__
+                    bad[reason] = bad.get(reason, 0) + 1
+                    last = error
+                    continue
+                samples += [sample] * self.repeats
+                seeds += draws.tolist()
+                break
+            else:
+                if self.training:
+                    raise DataError(
+                        f"{_SUBSTITUTES + 1} samples in a row cannot be read, the last one because: {last} "
+                        f"Run `diffmae verify --decode {self.manifest.root}`."
+                    )
+        shape = (0, self.frames, 3, *self.transform.size)
+        index = np.asarray(samples, np.int64)
+        return Batch(
+            clips=torch.stack(clips) if clips else torch.empty(shape, dtype=torch.uint8),  # (B, T, C, H, W)
+            labels=torch.from_numpy(self.table.label[index].astype(np.int64)),  # (B,)
+            keys=[self.table.key(sample) for sample in samples],
+            samples=torch.from_numpy(index),  # (B,)
+            seeds=torch.tensor(seeds, dtype=torch.int64),  # (B,)
+            epoch=int(request.epochs[0]),
+            position=request.position,
+            bad=bad,
+            source=self.number,
+            directional=self.directional,
+        )
+
+    def _candidates(self, sample: int, epoch: int) -> list[int]:
+        """The sample itself and, in training, others that may stand in for it, chosen by (seed, epoch, sample)."""
+        if not self.training:
+            return [sample]
+        others = mix(self.seed, epoch, sample, 0xBAD + np.arange(_SUBSTITUTES)) % np.uint64(len(self.table))
+        return [sample, *others.astype(np.int64).tolist()]
+
+    def _read(self, sample: int, seeds: list[int]) -> list[Tensor]:
+        """`repeats` clips of one sample, each uint8 (T, C, H, W)."""
+        stored = self.reader.read(self.split, sample, meta=False)
+        generators = [as_generator(seed) for seed in seeds]
+        if stored.suffix in MEDIA_SUFFIXES["image"]:
+            return self._read_image(stored.data, generators)
+        if stored.suffix not in MEDIA_SUFFIXES["video"]:
+            raise DataError(f"Sample {stored.key} is a .{stored.suffix}, which is never decoded.")
+        columns = (self.table.frames, self.table.width, self.table.height)
+        frames, width, height = (int(column[sample]) for column in columns)
+        known = bool(frames and width and height)
+        with Video(stored.data, known=known) as video:
+            if not known:
+                info = video.info
+                frames, width, height = info.frames, info.width, info.height
+            fps = float(self.table.fps[sample]) or video.info.fps
+            indices = [self.frame_numbers(frames, fps, generator) for generator in generators]
+            boxes = [self.transform.box(width, height, generator) for generator in generators]
+            clips = video.clips(indices, boxes, self.transform.size)
+        if not self.training:
+            return [clip.frames for clip in clips]
+        return [self.transform.augment(clip.frames, draw) for clip, draw in zip(clips, generators, strict=True)]
+
+    def frame_numbers(self, frames: int, fps: float, generator: torch.Generator) -> list[int]:
+        """Frames of one clip: from a random place in training, from the middle when testing."""
+        draws = generator if self.training else None
+        if self.data.clip_seconds and fps > 0:
+            return frames_by_seconds(frames, fps, self.frames, self.data.clip_seconds, draws)
+        return frames_by_stride(frames, self.frames, self.data.stride, draws)
+
+    def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:
+        from PIL import Image, ImageOps
+
+        with open_image(data) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        clips, (rows, columns) = [], self.transform.size
+        for generator in generators:
+            left, top, width, height = self.transform.box(upright.width, upright.height, generator)
+            box = (left, top, left + width, top + height)
+            small = upright.resize((columns, rows), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+            clip = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]  # (1, C, H, W)
+            clip = clip.expand(self.frames, -1, -1, -1).contiguous()  # (T, C, H, W)
+            clips.append(self.transform.augment(clip, generator) if self.training else clip)
+        return clips
+
+
+def start_worker(number: int) -> None:
+    """Workers use one thread and leave signals to the training process, whose handlers they inherited."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # timeout, Slurm and launchers signal the whole group: live on while the training process ends its step and saves
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
