@@ -144,11 +144,19 @@ def start(device: str = "auto", timeout_s: float = 1800) -> Iterator[Distributed
             backend, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout_s), init_method="env://"
         )
         joined = True
-    yield Distributed(rank, world, local_rank, local_world, place)
-    # Not after an error: closing the connections would make the other ranks fail with errors of their own, before this
-    # one's is on record. They end with the process.
-    if joined and dist.is_initialized():
-        dist.destroy_process_group()
+    together = True  # all ranks come to the end here: done, or stopped by agreement
+    try:
+        yield Distributed(rank, world, local_rank, local_world, place)
+    except Stopped:
+        raise
+    except BaseException:
+        # Closing the connections would make the other ranks fail with errors of their own, before this one's is on
+        # record. They end with the process.
+        together = False
+        raise
+    finally:
+        if together and joined and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def cores() -> int:

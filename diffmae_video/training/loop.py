@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffmae_video.config import Settings
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
@@ -92,25 +93,28 @@ def train(
             raise
         except torch.OutOfMemoryError as error:
             trainer.mark("failed")
-            raise out_of_memory(settings, distributed) from error
+            raise out_of_memory(settings, distributed, trainer.model) from error
         except Exception as error:
             trainer.mark("failed")
             if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
-                raise out_of_memory(settings, distributed) from error
+                raise out_of_memory(settings, distributed, trainer.model) from error
             raise
 
 
-def out_of_memory(settings: Settings, distributed: Distributed) -> DiffmaeError:
+def out_of_memory(settings: Settings, distributed: Distributed, model: nn.Module) -> DiffmaeError:
     """Which setting to change, and what that would need."""
     train = settings.train
     clips = train.batch_size // (distributed.world * train.accumulate)
-    used = peak_memory(distributed.device)
-    half = f"train.accumulate={2 * train.accumulate} (about {used / 2:.1f} GiB for activations instead of {used:.1f})"
+    copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, average
+    shards = distributed.world if train.sharding == "fsdp" else 1
+    fixed = copies * sum(p.numel() * p.element_size() for p in model.parameters()) / shards / 2**30
+    activations = max(0.0, peak_memory(distributed.device) - fixed)
+    half = f"train.accumulate={2 * train.accumulate} (about {activations / 2:.1f} GiB of them then)"
     if clips < 2:
         half = "train.grad_checkpointing=true, or a smaller model.preset"
     return DiffmaeError(
-        f"Out of memory with {clips} clips a process at once ({used:.1f} GiB in use): add --set {half}; "
-        "train.grad_checkpointing=true saves more."
+        f"Out of memory with {clips} clips a process at once: {fixed:.1f} GiB of weights, gradients and optimizer, "
+        f"{activations:.1f} GiB beside them: add --set {half}; train.grad_checkpointing=true saves more."
     )
 
 
