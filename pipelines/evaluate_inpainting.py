@@ -312,7 +312,7 @@ def _conventions(settings: Settings, clips: int, judges: _Judges) -> str:
         f"{clips} clips of {settings.model.frames} frames at {width}x{height}, stride {settings.data.stride}, centre "
         f"crop, seed {settings.seed}, {settings.evaluate.samples} samples a clip; results pasted into the source. PSNR "
         "and SSIM (Gaussian window 11, sigma 1.5), uint8 RGB: hidden region pooled over all hidden pixels, full frame "
-        "averaged over frames; best of samples is chosen by hidden PSNR against the source. "
+        "averaged over frames (100 dB where nothing is hidden); best of samples: by hidden PSNR against the source. "
         + (deep if judges.features else "")
         + "Warping error: mean squared, values in [0, 1], times 1000. "
         + ("LPIPS: AlexNet, v0.1, full frame." if judges.lpips else "LPIPS: not measured (weights not present).")

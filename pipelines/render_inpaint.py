@@ -31,6 +31,9 @@ from diffmae_video.rendering.report import Report
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.video import VideoSource, Writer, open_writer, write_png
 
+EMBEDDED_MEGABYTES = 50
+"""Largest video that report.html plays inside."""
+
 
 @dataclass(frozen=True)
 class RenderResult:
@@ -339,14 +342,22 @@ def _report(result: RenderResult, settings: Settings, directory: Path, still: bo
     if still:
         report.image("Comparison", directory / "comparison.png")
     else:
-        report.video("Source, masked, one step, result", directory / "comparison.mp4")
+        _video(report, "Source, masked, one step, result", directory / "comparison.mp4")
         if Path(result.video).suffix in (".mp4", ".gif"):
-            report.video("Result", result.video)
+            _video(report, "Result", Path(result.video))
     report.image("Frames", directory / "sheet.png")
-    for name, title in (("uncertainty.png", "Uncertainty"),):
-        if (directory / name).is_file():
-            report.image(title, directory / name)
+    if (directory / "uncertainty.png").is_file():
+        report.image("Uncertainty", directory / "uncertainty.png")
     if (directory / "trajectory.mp4").is_file():
         report.video("From noise to the sample: state and prediction", directory / "trajectory.mp4")
     report.settings(settings_toml(settings))
     report.write(directory / "report.html")
+
+
+def _video(report: Report, title: str, path: Path) -> None:
+    """Embed a video, or say where it is: a page is held in memory whole, by us and by the browser."""
+    megabytes = path.stat().st_size / 1e6
+    if megabytes <= EMBEDDED_MEGABYTES:
+        report.video(title, path)
+    else:
+        report.text(f"**{title}**: `{path.name}`, {megabytes:.0f} MB, too large for this page, lies beside it.")

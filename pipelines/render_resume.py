@@ -60,7 +60,11 @@ def identity(source: VideoSource, weights: str, settings: Settings, masks: Seque
     for path in map(Path, masks):
         files += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
     for file in files:
-        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        part = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                part.update(block)
+        digest.update(part.digest())
     look = settings.render.model_dump(exclude={"codec", "crf", "mask"})  # these change no window
     digest.update(json.dumps([weights, look, settings.seed, list(masks), rest], default=str, sort_keys=True).encode())
     return digest.hexdigest()

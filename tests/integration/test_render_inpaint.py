@@ -85,6 +85,15 @@ def test_everything_is_written(clip: Path, model: Path) -> None:
     assert entries[-1]["kind"] == "render"
 
 
+def test_a_report_embeds_no_more_than_a_page_can_hold(clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffmae_video.pipelines.render_inpaint.EMBEDDED_MEGABYTES", 0.001)
+    assert render(clip, model, "--mask", "center", "--out", "out") == 0
+    report = Path("out/report.html").read_text()
+    assert report.count("data:video/mp4;base64") == 1  # the trajectory, whose length does not grow
+    assert "<code>comparison.mp4</code>" in report
+    assert "<code>inpainted.mp4</code>" in report
+
+
 @pytest.mark.parametrize(
     "mask", ["random:0.75", "tube:0.5", "center", "block:0.5", "frames:2-4", "future:0.3", "box:5,6,20,15@2-7"]
 )
