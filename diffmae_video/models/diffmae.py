@@ -137,7 +137,8 @@ class DiffMAE(nn.Module):
             counts = mask.masked_valid.sum(1).tolist()
         wanted = max(1, math.ceil(max(counts) * self.settings.loss_tokens))
         drawn = 0 if self.settings.objective == "mae" else min(max(counts), wanted)
-        noise = torch.zeros(mask.batch, drawn, values, device=device)
+        make = torch.empty if mask.masked_valid is None else torch.zeros  # zero on padding
+        noise = make(mask.batch, drawn, values, device=device)
         timesteps, keeps = [], []
         for row, (seed, count) in enumerate(zip(torch.as_tensor(seeds).tolist(), counts, strict=True)):
             generator = torch.Generator().manual_seed(seed)
@@ -147,7 +148,7 @@ class DiffMAE(nn.Module):
                 keeps.append(F.pad(order, (0, wanted - len(order)), value=max(counts) - 1))  # (K,), pads are invalid
             if drawn:
                 on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-                noise[row, :count].normal_(generator=on_device)  #                             (K, P), zero on padding
+                noise[row, :count].normal_(generator=on_device)  #                             (K, P)
         keep = torch.stack(keeps).to(device) if keeps else None
         return Draw(torch.stack(timesteps).to(device), noise, keep)
 
@@ -181,8 +182,7 @@ class DiffMAE(nn.Module):
             target = clean
         encoding = self._encode_patches(patches, mask, noisy)
         prediction = self._decode(noisy, draw.timestep, encoding, index, valid)
-        error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(2)  # (B, K)
-        per_sample = _masked_mean(error, valid)  #                            (B,)
+        per_sample = _masked_mean(_SquaredError.apply(prediction, target), valid)  # (B,)
         if self.feature_decoder is not None:
             per_sample = per_sample + self.feature_decoder.loss(clips, encoding, index, valid)
         return DiffMAEOutput(per_sample.mean(), per_sample, prediction)
@@ -398,6 +398,26 @@ class DiffMAE(nn.Module):
         """Recompute blocks of encoder and decoder in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
+
+
+class _SquaredError(torch.autograd.Function):
+    """Mean squared error (B, K) of predictions and targets (B, K, P), in at least float32.
+
+    One pass over the patches makes the error, one its norm, one the gradient: `mse_loss` of casted inputs takes twice
+    as many, and patches are the largest tensors of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
+        error = prediction - target.to(torch.promote_types(target.dtype, torch.float32))
+        ctx.save_for_backward(error)
+        ctx.dtype = prediction.dtype
+        return torch.linalg.vector_norm(error, dim=2).square() / error.shape[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (error,) = ctx.saved_tensors
+        return (error * (grad * (2 / error.shape[2])).unsqueeze(2)).to(ctx.dtype), None
 
 
 def _masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:

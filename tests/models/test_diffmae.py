@@ -12,6 +12,7 @@ from diffmae_video.errors import UsageError
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.decoder import link_blocks
 from diffmae_video.models.diffmae import DiffMAE, Draw
+from diffmae_video.models.patches import gather_tokens, patchify
 
 SHAPE = (2, 4, 4)
 
@@ -111,6 +112,18 @@ def test_who_sees_whom_in_the_decoder(decoder, timestep):
     independent = torch.allclose(one[:, 1:], two[:, 1:], atol=1e-7, rtol=0)
     assert independent == (decoder == "cross")
     assert torch.equal(one, later) == (timestep == "none")
+
+
+@pytest.mark.parametrize("mask", [make_mask("random", 0.75, SHAPE, [0, 1]), uneven_mask()], ids=["even", "uneven"])
+def test_loss_and_its_gradient_are_those_of_the_mean_squared_error(mask):
+    net, x = model(), clips()
+    out = net(x, mask, net.draw([3, 4], mask))
+    clean = patchify(x, 2, 8)
+    rows = [(out.prediction[b, : int(mask.grid[b].sum())] - clean[b, mask.grid[b]]).square().mean() for b in range(2)]
+    expected = torch.stack(rows).mean()
+    torch.testing.assert_close(out.loss, expected)
+    found, wanted = (torch.autograd.grad(loss, out.prediction, retain_graph=True)[0] for loss in (out.loss, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("decoder", KINDS)
@@ -274,8 +287,6 @@ def test_other_targets_give_the_same_x0(target):
     draw = net.draw([1, 2], mask)
     when = torch.tensor([50, 200])
     signal, sigma = net.signal[when].view(-1, 1, 1), net.sigma[when].view(-1, 1, 1)
-    from diffmae_video.models.patches import gather_tokens, patchify
-
     clean = gather_tokens(patchify(x, 2, 8), mask.masked)
     right = draw.noise if target == "noise" else signal * draw.noise - sigma * clean
     net.decoder.forward = lambda *arguments: right
