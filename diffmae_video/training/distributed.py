@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,22 +200,35 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
     }
     known = {item.name for item in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.10
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
-    try:
-        results = elastic_launch(config, _child)(function, arguments)
-    except ChildFailedError as error:
-        raise _first_error(error) from None
-    except SignalException as error:
-        raise Stopped(f"Stopped by {error.sigval.name}; run the same command again to continue.") from None
-    if "stopped" in results[0]:
-        raise Stopped(results[0]["stopped"])
-    return results[0]["value"]
+    with tempfile.TemporaryDirectory() as folder:
+        note = os.path.join(folder, "stopped")
+
+        def stopped(default: str) -> Stopped:
+            with contextlib.suppress(OSError), open(note, encoding="utf-8") as file:
+                return Stopped(file.read())
+            return Stopped(default)
+
+        try:
+            results = elastic_launch(config, _child)(function, arguments, note)
+        except ChildFailedError as error:
+            if all(failure.exitcode == Stopped.exit_code for failure in error.failures.values()):
+                raise stopped("Stopped by a signal; run the same command again to continue.") from None
+            raise _first_error(error) from None
+        except SignalException as error:
+            raise stopped(f"Stopped by {error.sigval.name}; run the same command again to continue.") from None
+    return results[0]
 
 
-def _child(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def _child(function: Callable[..., Any], arguments: dict[str, Any], note: str) -> Any:
     try:
-        return {"value": function(**arguments)}
-    except Stopped as stop:  # all ranks stop together: not a failure
-        return {"stopped": str(stop)}
+        return function(**arguments)
+    except Stopped as stop:  # all ranks stop together
+        if ranks_from_environment()[0] == 0:
+            with open(note, "w", encoding="utf-8") as file:
+                file.write(str(stop))
+        # not by returning: a process that returned waits until the launcher has read its value, and one that was
+        # signalled itself reads no more
+        raise SystemExit(stop.exit_code) from None
 
 
 def _first_error(error: Any) -> DiffmaeError:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from PIL import Image
@@ -139,3 +143,28 @@ def test_report_of_several_runs_opens_in_a_browser(run, tmp_path):
 def test_report_needs_a_run(run, tmp_path):
     with pytest.raises(UsageError, match="is no run"):
         run("report", Path(tmp_path), small=False)
+
+
+@pytest.mark.slow
+def test_launcher_asked_twice_to_stop_saves_and_leaves_nobody(workspace, tmp_path):
+    """`--nproc 2`, as Slurm or a shell would stop it: SIGTERM, and again while the processes save."""
+    words = ["pretrain", "--data", workspace / "shards", "--out", tmp_path / "run", "--recipe", "smoke", "--nproc", "2"]
+    words += ["--set", "train.steps=1000000", "--set", "data.workers=1", "--set", "train.checkpoint_every=100000"]
+    command = [sys.executable, "-c", "from diffmae_video.cli.app import main; main()", *map(str, words)]
+    environment = {**os.environ, "DIFFMAE_WORKSPACE": str(tmp_path)}
+    launcher = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = launcher.children(recursive=True)
+    assert len(family) >= 4  # two processes, a worker each
+    launcher.terminate()
+    launcher.terminate()
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75
+    assert said.splitlines()[-1].startswith("diffmae: Stopped by SIGTERM")
+    assert "Traceback" not in said
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
