@@ -16,6 +16,7 @@ SHEET_COLUMNS = 8
 JOURNEY_FRAMES = 4  # frames of the first clip that are shown
 JOURNEY_STEPS = 60  # steps that are shown, at most
 JOURNEY_REST = 15  # pictures for which the result stands still
+JOURNEY_LENGTH = 30  # pictures of the way there, at least: few steps stand still for a while
 JOURNEY_RATE = 10  # pictures a second
 
 
@@ -92,7 +93,12 @@ class Journey:
         _, columns, height, width, _ = self.states[0].shape
         movie: VideoWriter | None = None
         steps = zip(self.chosen, self.states, strict=True)
-        pictures = [(f"noisy, step {step + 1} of {self.steps}", "prediction", *state) for step, state in steps]
+        hold = max(1, JOURNEY_LENGTH // len(self.chosen))
+        pictures = [
+            (f"noisy, step {step + 1} of {self.steps}", "prediction", *state)
+            for step, state in steps
+            for _ in range(hold)
+        ]
         pictures += [("sample", "", self.states[-1][1], self.states[-1][1])] * JOURNEY_REST
         blank = [""] * (columns - 1)
         try:
