@@ -7,7 +7,7 @@
 Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
 each turn is followed by a matrix product of the same type (2048^3), so that "of peak" compares like with like on a busy
 machine. Peak memory comes from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder
-run again, and whole chains.
+run again, and whole chains, in CPU time: give it one thread.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def sample(size: str, pixels: int, chains: bool) -> list[dict[str, Any]]:
                 "kept": lambda n=noisy, w=when, e=encoding: model.denoise(n, w, e),
                 "again": lambda n=noisy, w=when, m=mask: model.denoise(n, w, model.encode(clips, m)),
             }
-            seconds = {name: _median(arm, 7) for name, arm in arms.items()}
+            seconds = _medians(arms, 9)
         row = {"size": size, "pixels": pixels, "mask": ratio}
         row |= {f"step_ms_encoding_{name}": round(1e3 * value, 1) for name, value in seconds.items()}
         rows.append(row | {"ratio": round(seconds["again"] / seconds["kept"], 2)})
@@ -188,21 +188,23 @@ def sample(size: str, pixels: int, chains: bool) -> list[dict[str, Any]]:
     if chains:
         mask = make_mask("random", 0.9, model.encoder.shape, [0])
         for sampler, steps in (("ddim", 50), ("ddpm", 1000)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             model.sample(clips, mask, seeds=[0], sampler=sampler, steps=steps)
-            taken = round(time.perf_counter() - begin, 2)
-            rows.append({"size": size, "pixels": pixels, "sampler": sampler, "steps": steps, "seconds": taken})
+            taken = round(time.process_time() - begin, 2)
+            rows.append({"size": size, "pixels": pixels, "sampler": sampler, "steps": steps, "cpu_seconds": taken})
             print(rows[-1], flush=True)
     return rows
 
 
-def _median(arm: Callable[[], Any], rounds: int) -> float:
-    times = []
+def _medians(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of functions that take turns, after one unmeasured turn."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        arm()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+        for name, arm in arms.items():
+            begin = time.process_time()
+            arm()
+            times[name].append(time.process_time() - begin)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def main() -> None:
