@@ -96,7 +96,7 @@ def main() -> None:
             done = subprocess.run([sys.executable, *sys.argv], env=environment, timeout=900, check=True)
             print("left in the temporary folder after exit:", os.listdir(folder), "exit code:", done.returncode)
         return
-    source = arguments.folder.resolve()
+    source, target = arguments.folder.resolve(), arguments.out and arguments.out.resolve()
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name != "README.md"]
     table: dict[str, dict[str, object]] = {str(path.relative_to(source)): {} for path in files}
     before = psutil.Process().num_fds()
@@ -137,9 +137,9 @@ def main() -> None:
         "descriptors": psutil.Process().num_fds() - before,
     }
     print(json.dumps(summary, indent=1))
-    if arguments.out:
+    if target:
         body = {"command": "benchmarks/hostile.py hostile", "summary": summary, "files": table}
-        arguments.out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
