@@ -11,7 +11,7 @@ def test_the_python_example_runs() -> None:
     example = re.search(r"```python\n(.*?)```", text, re.S)
     assert example
     names: dict = {}
-    exec(example[1].replace("steps=50", "steps=2"), names)
+    exec(example[1].replace("steps=20", "steps=2"), names)
     assert names["loss"].isfinite()
     assert names["features"].shape[:2] == (2, 128)
     hidden = names["mask"].pixels(2, 16)[:, None].expand_as(names["clips"])
