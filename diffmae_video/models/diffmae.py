@@ -88,8 +88,8 @@ class DiffMAE(nn.Module):
         model: sizes, decoder, objective and target.
         diffusion: noise schedule.
         seed: of the initial weights.
-        teacher: frozen network with `.width`, images in [0, 1] (B, C, H, W) -> tokens (B, h * w, width); built from
-            `model.teacher` when None. Not used without `model.teacher`.
+        teacher: frozen network with `.width`, images in [0, 1] (B, C, H, W) -> tokens (B, h * w, width) of a square
+            grid, or a map (B, width, h, w); built from `model.teacher` when None. Not used without `model.teacher`.
     """
 
     def __init__(

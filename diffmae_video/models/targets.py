@@ -153,10 +153,18 @@ class FeatureDecoder(nn.Module):
         self._teacher[:] = [self.teacher.to(clips.device)]
         mean, std = (torch.tensor(v, device=clips.device).view(1, 3, 1, 1) for v in PIXEL_NORMS[self.model.pixel_norm])
         frames = clips[:, :, :: self.model.tubelet].transpose(1, 2).flatten(0, 1)  # (B * T/t, C, H, W)
-        tokens = self.teacher((frames * std + mean).clamp(0, 1)).float()  #          (B * T/t, h * w, F)
-        side = math.isqrt(tokens.shape[1])
-        grid = tokens.transpose(1, 2).unflatten(2, (side, side))
-        if (side, side) != tuple(shape[1:]):
+        grid = self.teacher(
+            (frames * std + mean).clamp(0, 1)
+        ).float()  #            (B * T/t, h * w, F) or (.., F, h, w)
+        if grid.dim() == 3:
+            side = math.isqrt(grid.shape[1])
+            if side**2 != grid.shape[1]:
+                raise UsageError(
+                    f"model.teacher gives {grid.shape[1]} tokens, which are no square grid; a teacher of another grid "
+                    "must return a map (B, width, h, w), and one with a class token must drop it."
+                )
+            grid = grid.transpose(1, 2).unflatten(2, (side, side))  #                (B * T/t, F, h, w)
+        if grid.shape[2:] != shape[1:]:
             grid = F.interpolate(grid, shape[1:], mode="bicubic", antialias=True)
         tokens = grid.flatten(2).transpose(1, 2).unflatten(0, (-1, shape[0])).flatten(1, 2)  # (B, N, F)
         return F.layer_norm(tokens, tokens.shape[-1:])

@@ -71,6 +71,41 @@ def test_targets_are_the_teachers_tokens_at_their_places():
     torch.testing.assert_close(targets[0, 16 + 4 + 2], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cell", [4, 16])
+def test_teachers_of_another_grid_are_resized_to_ours(cell):
+    """A teacher whose first feature rises along x and second along y, on a frame wider than high: so do our targets."""
+
+    class Ramps(torch.nn.Module):
+        width = 3
+
+        def forward(self, images):
+            rows, columns = images.shape[2] // cell, images.shape[3] // cell
+            y, x = torch.meshgrid(
+                (torch.arange(rows) + 0.5) * cell, (torch.arange(columns) + 0.5) * cell, indexing="ij"
+            )
+            return torch.stack([x, y, -x - y]).expand(len(images), -1, -1, -1)
+
+    net = DiffMAE(settings(size=(32, 64)), teacher=Ramps())
+    targets = net.feature_decoder.targets(torch.zeros(1, 3, 4, 32, 64), (2, 4, 8)).unflatten(1, (2, 4, 8))
+    inner = targets[0, :, 1:3, 2:6]  # away from the borders, where interpolation is exact on a ramp
+    y, x = torch.meshgrid(torch.arange(1, 3) * 8 + 4.0, torch.arange(2, 6) * 8 + 4.0, indexing="ij")
+    expected = torch.nn.functional.layer_norm(torch.stack([x, y, -x - y], -1), (3,))
+    tolerance = 0.12 if cell == 16 else 0.01  # two rows of 16 pixels are all border
+    torch.testing.assert_close(inner, expected.expand(2, -1, -1, -1), atol=tolerance, rtol=0)
+
+
+def test_a_teacher_without_a_grid_is_refused():
+    class Odd(torch.nn.Module):
+        width = 3
+
+        def forward(self, images):
+            return torch.zeros(len(images), 17, 3)
+
+    net = DiffMAE(settings(), teacher=Odd())
+    with pytest.raises(UsageError, match="17 tokens"):
+        net.feature_decoder.targets(torch.zeros(1, 3, 4, 32, 32), (2, 4, 4))
+
+
 def test_unknown_teachers_are_named():
     for name in ("no.such.module:thing", "math:sqrt", "nonsense"):
         teacher = TeacherSettings(source="local", name=name)
