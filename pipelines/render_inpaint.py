@@ -31,7 +31,7 @@ from diffmae_video.rendering.report import Report
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.video import VideoSource, Writer, open_writer, write_png
 
-EMBEDDED_MEGABYTES = 50
+EMBEDDED_MEGABYTES = 8
 """Largest video that report.html plays inside."""
 
 
