@@ -105,7 +105,6 @@ def open_directory(directory: Path, mark: str) -> WindowFiles:
     work = directory / WORK
     work.mkdir(parents=True, exist_ok=True)
     write_atomic(work / "identity", mark.encode())
-    for stale in directory.glob(".*"):
-        if stale != work:
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for stale in directory.glob(".*.tmp"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     return WindowFiles(work / "windows")

@@ -126,7 +126,7 @@ def check_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
