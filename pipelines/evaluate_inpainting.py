@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -31,6 +30,7 @@ from diffmae_video.evaluation.inpainting import (
 from diffmae_video.masking import Mask, parse_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels
+from diffmae_video.models.weights import write_atomic
 from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import progress, say, table
 from diffmae_video.pipelines.recipes import pick_device
@@ -338,6 +338,4 @@ def _write(
     report.settings(settings_toml(settings))
     report.write(directory / "report.html")
     (directory / "config.toml").write_text(settings_toml(settings), encoding="utf-8")
-    temporary = directory / f".inpaint.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / "inpaint.json")
+    write_atomic(directory / "inpaint.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
