@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from diffmae_video._version import __version__
 from diffmae_video.config import load_settings
 from diffmae_video.errors import UsageError
+from diffmae_video.files import write_atomic
 from diffmae_video.pipelines import console
 
 if TYPE_CHECKING:
@@ -152,12 +153,7 @@ class _Stages:
         self._save()
 
     def _save(self) -> None:
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"identity": self.identity, "stages": self.results}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
+        write_atomic(self.file, json.dumps({"identity": self.identity, "stages": self.results}, indent=1))
 
 
 @contextmanager

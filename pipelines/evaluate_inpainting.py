@@ -27,10 +27,10 @@ from diffmae_video.evaluation.inpainting import (
     load_lpips,
     to_frames,
 )
+from diffmae_video.files import write_atomic
 from diffmae_video.masking import Mask, parse_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels
-from diffmae_video.models.weights import write_atomic
 from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import progress, say, table
 from diffmae_video.pipelines.recipes import pick_device
@@ -338,4 +338,4 @@ def _write(
     report.settings(settings_toml(settings))
     report.write(directory / "report.html")
     (directory / "config.toml").write_text(settings_toml(settings), encoding="utf-8")
-    write_atomic(directory / "inpaint.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
+    write_atomic(directory / "inpaint.json", json.dumps(asdict(result), indent=1) + "\n")

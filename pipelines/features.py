@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmae_video._version import __version__
 from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
+from diffmae_video.files import replacing
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded, find_run, load
 from diffmae_video.pipelines.workspace import Workspace
@@ -279,23 +280,19 @@ def _write(path: Path, store: Any, name: str, manifest: Manifest, split: str, fi
         offset += sizes[key]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:  # the safetensors layout: length, header, tensors
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-    rows = np.memmap(temporary, dtype, "r+", 8 + len(text), shape)
-    for part, values in store.rows(name):
-        rows[[place[sample] for sample in part]] = values.numpy()
-    rows.flush()
-    del rows
-    with open(temporary, "r+b") as file:
-        file.seek(8 + len(text) + sizes["features"])
-        file.write(labels.tobytes() + np.asarray(samples, np.int64).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:  # the safetensors layout: length, header, tensors
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+        rows = np.memmap(temporary, dtype, "r+", 8 + len(text), shape)
+        for part, values in store.rows(name):
+            rows[[place[sample] for sample in part]] = values.numpy()
+        rows.flush()
+        del rows
+        with open(temporary, "r+b") as file:
+            file.seek(8 + len(text) + sizes["features"])
+            file.write(labels.tobytes() + np.asarray(samples, np.int64).tobytes())
     classes = [manifest.classes[label] if label >= 0 else None for label in labels]
     columns = {"key": [table.key(index) for index in samples], "label": labels, "class": pa.array(classes, pa.string())}
-    parquet = path.with_suffix(".parquet")
-    pq.write_table(pa.table(columns), parquet.with_suffix(".tmp"))
-    os.replace(parquet.with_suffix(".tmp"), parquet)
+    with replacing(path.with_suffix(".parquet")) as temporary:
+        pq.write_table(pa.table(columns), temporary)

@@ -17,8 +17,8 @@ import numpy as np
 from diffmae_video.config import Settings, load_settings, settings_toml, with_overrides
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
+from diffmae_video.files import write_atomic
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.weights import write_atomic
 from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.recipes import pick_device
@@ -265,9 +265,9 @@ def _run(
         checkpoint=checkpoint,
         **closeness.figures(),
     )
-    write_atomic(directory / "config.toml", settings_toml(settings).encode())
+    write_atomic(directory / "config.toml", settings_toml(settings))
     _report(result, settings, directory, still)
-    write_atomic(directory / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
+    write_atomic(directory / "result.json", json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffmae_video.config import Settings
 from diffmae_video.errors import UsageError
-from diffmae_video.models.weights import write_atomic
+from diffmae_video.files import write_atomic
 from diffmae_video.pipelines.console import say
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.rendering.video import VideoSource
@@ -104,7 +104,7 @@ def open_directory(directory: Path, mark: str) -> WindowFiles:
     """Make or reopen a render's folder, drop what a killed one was writing, and return its finished windows."""
     work = directory / WORK
     work.mkdir(parents=True, exist_ok=True)
-    write_atomic(work / "identity", mark.encode())
+    write_atomic(work / "identity", mark)
     for stale in directory.glob(".*.tmp"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     return WindowFiles(work / "windows")

@@ -13,11 +13,12 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, sync_folder, write_file
+from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, write_file
 from diffmae_video.data.shards import ShardInfo, TarShard
 from diffmae_video.data.transcode import options_from_json
 from diffmae_video.data.workers import POOL
 from diffmae_video.errors import DataError
+from diffmae_video.files import sync_path
 
 STOP = threading.Event()
 """Set when the run is interrupted: jobs leave after their present clip."""
@@ -131,7 +132,7 @@ def publish(temporary: str, out: str, name: str) -> None:
         return
     os.chmod(temporary, 0o644)
     os.replace(temporary, join(out, name))
-    sync_folder(out)
+    sync_path(out)
 
 
 def is_there(out: str, info: dict[str, Any] | None) -> bool:

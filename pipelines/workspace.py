@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmae_video.errors import UsageError
+from diffmae_video.files import write_atomic
 
 _MADE_BY = {
     "shards": "diffmae shard SRC OUT",
@@ -75,9 +76,7 @@ class Workspace:
         with self._lock():
             kept = [old for old in self.entries() if (old.kind, old.path) != (kind, text)]
             rows = [asdict(one) for one in [*kept, entry]]
-            temporary = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"format": 1, "entries": rows}, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.file)
+            write_atomic(self.file, json.dumps({"format": 1, "entries": rows}, indent=1) + "\n")
 
     def latest(self, kind: str, **facts: Any) -> Entry | None:
         """The newest result of a kind that still exists and whose facts equal those given (None: any value)."""

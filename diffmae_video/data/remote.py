@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffmae_video.errors import DataError, DiffmaeError, UsageError
+from diffmae_video.files import sync_path, write_atomic
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "memory", "file", "http", "https")
 """URL schemes that may be opened; anything else (`pipe:` above all) is refused."""
@@ -97,24 +97,8 @@ def write_file(path: str, data: bytes) -> None:
         files, inner = filesystem(path)
         retry(lambda: files.pipe_file(inner, data), f"Writing {path}")
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
+        write_atomic(path, data)
+        sync_path(os.path.dirname(path) or ".")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         raise DataError(f"{path} cannot be written ({error.strerror}); free space or choose another folder.") from error
-
-
-def sync_folder(folder: str) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

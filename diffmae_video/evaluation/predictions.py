@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmae_video.errors import DataError
+from diffmae_video.files import replacing, write_atomic
 
 FILE = "predictions.parquet"
 
@@ -59,9 +59,8 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
         }
         tables.append(pa.table(columns))
     whole = pa.concat_tables(tables).replace_schema_metadata({"classes": json.dumps(predictions.classes)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(whole, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(whole, temporary, compression="zstd")
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -96,10 +95,4 @@ def read_predictions(path: Path) -> Predictions:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON in one step: the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,6 @@ into place whole); the fingerprint of what is computed is part of the folder's n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from diffmae_video.files import replacing
 
 FLUSH_SAMPLES = 64
 FLUSH_SECONDS = 20.0
@@ -77,11 +78,8 @@ class PassStore:
         }
         tensors = {name: torch.stack(rows) for name, rows in part.tensors.items()}
         path = self.folder / f"rank{self.rank:04d}-{self._number:06d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"part": json.dumps(metadata)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"part": json.dumps(metadata)})
         self._number += 1
         self._pending, self._since = Part(), now
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from diffmae_video.errors import UsageError
+from diffmae_video.files import write_atomic
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import PIXEL_NORMS
-from diffmae_video.models.weights import save_model, write_atomic
+from diffmae_video.models.weights import save_model
 
 FORMATS = ("safetensors", "timm", "hf", "onnx")
 
@@ -69,7 +70,7 @@ def export_model(
     temporary.mkdir(parents=True)
     try:
         {"safetensors": save_model, "timm": _write_timm, "hf": _write_hf, "onnx": _write_onnx}[form](model, temporary)
-        write_atomic(temporary / "README.md", model_card(model, form, licence).encode())
+        write_atomic(temporary / "README.md", model_card(model, form, licence))
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(temporary, directory)
@@ -128,7 +129,7 @@ def _write_timm(model: DiffMAE | Classifier, directory: Path) -> None:
         "pretrained_cfg": {"mean": mean, "std": std, "input_size": [3, *settings.size], "fixed_input_size": True},
     }
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    write_atomic(directory / "config.json", json.dumps(config, indent=2).encode())
+    write_atomic(directory / "config.json", json.dumps(config, indent=2))
 
 
 def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
@@ -202,7 +203,7 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
         names = _classes(model)
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    write_atomic(directory / "config.json", json.dumps(config, indent=2).encode())
+    write_atomic(directory / "config.json", json.dumps(config, indent=2))
 
 
 def _write_onnx(model: DiffMAE | Classifier, directory: Path) -> None:

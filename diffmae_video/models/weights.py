@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import write_atomic
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
@@ -55,7 +55,7 @@ def save_model(
     description["info"] = {**model.info, **(info or {}), "kind": description["kind"]}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in (state or model.state_dict()).items()}
     write_atomic(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_atomic(directory / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
+    write_atomic(directory / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     return directory / WEIGHTS
 
 
@@ -122,16 +122,3 @@ def check_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     problems = tensor_problems(model, tensors)
     if problems:
         raise DataError(f"{source} does not fit its model.json: {'; '.join(problems)}; copy or save it again.")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,12 +13,13 @@ import io
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from diffmae_video.files import write_atomic
 
 MAX_POINTS = 800
 """Points of one curve that are drawn; longer ones are averaged in equal bins."""
@@ -169,17 +170,7 @@ class Report:
         """Write the page atomically: readers see the old file or the new one, never half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.html())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomic(path, self.html())
         return path
 
     def _section(self, title: str, body: str, note: str) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from diffmae_video.errors import DataError, DiffmaeError
+from diffmae_video.files import sync_path, write_atomic
 from diffmae_video.training.distributed import Distributed
 
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # several lines a tensor otherwise
@@ -303,25 +304,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _full_text(error: BaseException) -> str:

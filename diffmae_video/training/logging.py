@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffmae_video.errors import UsageError
-from diffmae_video.training.checkpoint import write_atomic
+from diffmae_video.files import replacing, write_atomic
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -70,9 +69,8 @@ class RunLog:
                 _add_video(self._board, name, video, step)
                 continue
             path = folder / f"{name}-{step:08d}.png"
-            temporary = path.with_name(f".{path.name}.tmp")
-            Image.fromarray(array).save(temporary, format="PNG")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                Image.fromarray(array).save(temporary, format="PNG")
             self._board.add_image(name, array, step, dataformats="HWC")
             if self._wandb is not None:
                 import wandb

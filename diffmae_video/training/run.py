@@ -13,7 +13,7 @@ from typing import Any
 
 from diffmae_video.config import Settings, settings_toml
 from diffmae_video.errors import UsageError
-from diffmae_video.training.checkpoint import write_atomic
+from diffmae_video.files import write_atomic
 
 # settings that change how a run goes, not what it computes: they may differ when it is continued
 _FREE = {

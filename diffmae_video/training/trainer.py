@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffmae_video.config import Settings
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+from diffmae_video.files import write_atomic
 from diffmae_video.training import optim, parallel, run, state
-from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors, write_atomic
+from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import describe_machine, peak_flops, peak_memory
 from diffmae_video.training.logging import RunLog
