@@ -24,6 +24,7 @@ from diffmae_video.data.decode import Video
 from diffmae_video.data.images import read_image
 from diffmae_video.data.media import sniff
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import replacing, sync_path
 from diffmae_video.rendering.masks import list_images
 
 BT709 = 1  # ISO 23091-2 code points of colour primaries, transfer and matrix; also FFmpeg's numbers
@@ -194,10 +195,14 @@ class VideoWriter:
         self.codec = codec
         height, width = size
         container = {"h264": "mp4", "ffv1": "matroska"}[codec]
-        options = {"movflags": "+faststart"} if codec == "h264" else {}
+        options = {"fflags": "+bitexact"}  # no random identifiers
+        if codec == "h264":
+            options["movflags"] = "+faststart"
         self.container = av.open(str(self.temporary), "w", format=container, options=options)
         encoder = {"h264": "libx264", "ffv1": "ffv1"}[codec]
-        choices = {"crf": str(crf), "preset": "medium"} if codec == "h264" else {"level": "3", "slicecrc": "1"}
+        choices = {"level": "3", "slicecrc": "1"}
+        if codec == "h264":  # the macroblock tree makes bytes depend on leftovers in memory (docs/decisions.md)
+            choices = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
         self.stream = self.container.add_stream(encoder, rate=fps.limit_denominator(1_000_000), options=choices)
         self.time_base = time_base  # Matroska rounds to milliseconds
         context = self.stream.codec_context
@@ -412,9 +417,9 @@ def write_png(path: Path, rgb: np.ndarray) -> None:
     """Write a picture uint8 (H, W, 3) or (H, W), whole or not at all."""
     from PIL import Image
 
-    temporary = _temporary(path)
-    Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
-    _settle(temporary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
 
 
 def _temporary(path: Path) -> Path:
@@ -423,6 +428,5 @@ def _temporary(path: Path) -> Path:
 
 
 def _settle(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync_path(temporary)
     os.replace(temporary, path)
