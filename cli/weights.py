@@ -40,8 +40,14 @@ class Inflate(str, Enum):
 
 
 def import_command(
-    source: Annotated[Source, typer.Argument(help="Project the file comes from; auto looks at its names.")],
-    file: Annotated[Path, typer.Argument(help=".safetensors, .pth, .bin, or a Hugging Face folder.")],
+    source: Annotated[
+        Source,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Project it comes from: auto (looks at the names), mae, mae_st, videomae, timm, hf-vitmae or hf-videomae.",
+        ),
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pth, .bin, or a Hugging Face folder.")],
     out: Annotated[
         Path | None, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; FILE's name by default.")
     ] = None,

@@ -143,7 +143,8 @@ def _evaluate(
         names, size = ",".join(map(str, protocols)), "x".join(map(str, settings.model.size))
         console.say(
             f"Views: {names} of {frames} frames, stride {settings.data.stride}, {size} pixels; {len(samples)} videos "
-            f"of {split}; {loaded.precision} on {processes.device.type}, {processes.world} process(es)."
+            f"of {split}; {loaded.precision} on {processes.device.type}, {processes.world} "
+            f"process{'es' if processes.world > 1 else ''}."
         )
         if dry_run:
             return None

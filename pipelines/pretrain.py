@@ -208,7 +208,8 @@ def find_data(settings: Settings, kind: Kind, data: str | None) -> tuple[Setting
     manifest = Manifest.load(path)
     if manifest.kind != kind and kind == "video":
         raise UsageError(f"{path} holds images: use --image, or give shards of videos with --data.")
-    console.say(f"Data: {path} ({why}): {manifest.dataset}, {manifest.splits}.")
+    splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
+    console.say(f"Data: {path} ({why}): {manifest.dataset}, {splits}.")
     changes: dict[str, Any] = {"data": {"path": str(path), "sources": ()}}
     if kind == "image":
         changes["model"] = {"frames": 1}
