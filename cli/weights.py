@@ -44,7 +44,7 @@ def import_command(
         Source,
         typer.Argument(
             metavar="SOURCE",
-            help="Project it comes from: auto (looks at the names), mae, mae_st, videomae, timm, hf-vitmae or hf-videomae.",
+            help="Where it comes from: auto (by its names), mae, mae_st, videomae, timm, hf-vitmae, hf-videomae.",
         ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pth, .bin, or a Hugging Face folder.")],

@@ -31,9 +31,8 @@ from diffmae_video.files import write_atomic
 from diffmae_video.masking import Mask, parse_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels
-from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import progress, say, table
-from diffmae_video.pipelines.recipes import pick_device
+from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.rendering.report import Report
 from diffmae_video.rendering.sheet import contact_sheet
@@ -115,13 +114,8 @@ def evaluate_inpainting(
     Raises:
         UsageError: no model, no data, an unknown mask, or, with `deep`, no feature network.
     """
-    source, which = find_run("pretrain", checkpoint)
-    say(which)
-    target = torch.device(pick_device(device))
-    loaded = load(source, target, overrides, seed)
-    model = loaded.model
-    if not isinstance(model, DiffMAE):
-        raise UsageError(f"{source} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint.")
+    source, loaded = load_inpainter(checkpoint, device, overrides, seed)
+    model, target = loaded.model, loaded.device
     explicit = any(text.startswith("data.path") for text in overrides)
     path = (
         data or (loaded.settings.data.path if explicit else None) or Workspace.here().require("shards", "--data").path
@@ -131,6 +125,7 @@ def evaluate_inpainting(
         data={"path": path, "sources": (), "workers": 0, "repeats": 1},
         model=model.settings.model_dump(),
     )
+    check_steps(settings)
     texts = _mask_texts(masks, settings)
     model_settings = model.settings
     tubelet = model_settings.tubelet if model_settings.frames > 1 else 1

@@ -10,18 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from diffmae_video.config import Settings, load_settings, settings_toml, with_overrides
+from diffmae_video.config import RenderSettings, Settings, load_settings, settings_toml, with_overrides
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.files import write_atomic
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.pipelines.classifiers import find_run, load
 from diffmae_video.pipelines.console import format_seconds, progress, say
-from diffmae_video.pipelines.recipes import pick_device
+from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
 from diffmae_video.pipelines.render_resume import WORK, WindowFiles, identity, open_directory, render_directory
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.rendering.album import Album, Journey
@@ -31,6 +30,8 @@ from diffmae_video.rendering.report import Report
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.video import VideoSource, Writer, open_writer, write_png
 
+CHOICES = ("codec", "sampler", "window")
+"""Options that take one of a few words."""
 EMBEDDED_MEGABYTES = 8
 """Largest video that report.html plays inside."""
 
@@ -106,23 +107,13 @@ def render_inpaint(
         UsageError: no model, a mask that does not fit, an output folder in use.
         DataError: a clip that cannot be read.
     """
-    import torch
-
-    source_run, which = find_run("pretrain", checkpoint)
-    say(which)
-    target = torch.device(pick_device(device))
-    loaded = load(source_run, target, overrides, seed)
-    model = loaded.model
-    if not isinstance(model, DiffMAE):
-        raise UsageError(
-            f"{source_run} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint."
-        )
+    source_run, loaded = load_inpainter(checkpoint, device, overrides, seed)
     settings = _settings(loaded.settings, recipe, overrides, render or {}, lossless)
     source = VideoSource(clip, fps)
     try:
         return _render(
-            source, model, settings, list(masks), track, dilate, invert, out, resume, dry_run,
-            checkpoint=str(source_run), weights=loaded.weights_sha256,
+            source, loaded.model, settings, list(masks), track, dilate, invert, out, resume, dry_run,
+            checkpoint=source_run, weights=loaded.weights_sha256,
         )  # fmt: skip
     finally:
         source.close()
@@ -134,11 +125,17 @@ def _settings(
     if recipe not in (None, "auto"):
         run = with_overrides(run, render=load_settings(recipe, "render", tuple(overrides)).render.model_dump())
     chosen = {name: value for name, value in render.items() if value is not None}
+    for name in CHOICES:
+        allowed = get_args(RenderSettings.model_fields[name].annotation)
+        if name in chosen and chosen[name] not in allowed:
+            raise UsageError(f"--{name} {chosen[name]}: choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
     if lossless:
         if chosen.get("codec") not in (None, "ffv1", "png"):
             raise UsageError(f"--lossless cannot go with --codec {chosen['codec']}; choose ffv1 or png.")
         chosen.setdefault("codec", "ffv1")
-    return with_overrides(run, render=chosen)
+    settings = with_overrides(run, render=chosen)
+    check_steps(settings)
+    return settings
 
 
 def _render(

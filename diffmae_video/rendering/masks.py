@@ -111,6 +111,10 @@ def _parse(text: str, canvas: Canvas) -> FrameMask:
         return _generated(text, kind, value, canvas)
     if Path(text).exists():
         return _drawn(Path(text), canvas)
+    if all(part.partition(":")[0] in MASK_KINDS for part in text.split(",")):
+        raise UsageError(f"--mask {text}: give each mask its own --mask; their union counts.")
+    if "/" in text or re.search(r"\.[a-z]\w*$", text.lower()):  # box:... and ratios end in digits
+        raise UsageError(f"--mask {text}: there is no such file; check the path.")
     raise UsageError(f"--mask {text}: this is no mask and no file; write {FORMS}.")
 
 

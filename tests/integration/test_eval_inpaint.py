@@ -12,8 +12,10 @@ from PIL import Image
 
 from diffmae_video.cli.app import run
 from diffmae_video.config import DiffusionSettings, ModelSettings
+from diffmae_video.evaluation.inpainting import BASELINES
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
+from diffmae_video.pipelines.evaluate_inpainting import evaluate_inpainting
 
 
 @pytest.fixture
@@ -36,6 +38,27 @@ def evaluate(*arguments: str) -> int:
     return run(["eval", "--task", "inpaint", *common, "--set", "evaluate.samples=2", *arguments])
 
 
+def test_every_mask_of_the_evaluation_hides_what_it_says(workspace: Path) -> None:
+    hidden = {"random:0.75": 0.75, "tube:0.9": 0.875, "block": 0.75, "center": 0.25, "frames": 0.5, "future:0.25": 0.25}
+    result = evaluate_inpainting(
+        checkpoint="model",
+        masks=list(hidden),
+        overrides=["render.steps=1", "evaluate.clips=1", "evaluate.samples=1"],
+        out=Path("out"),
+        deep=False,
+    )
+    assert list(result.scores) == list(hidden)
+    for text, share in hidden.items():
+        methods = result.scores[text]
+        assert set(methods) == {"DiffMAE, one sample", "MAE's one step", *BASELINES}
+        assert all(figures["psnr_masked"] > 0 for figures in methods.values()), text
+        if text in ("random:0.75", "tube:0.9", "block", "center"):  # the same share in every frame, or nearly
+            for figures in methods.values():  # full = hidden + 10 log10(1 / share), but for the mean over frames
+                gap = figures["psnr_full"] - figures["psnr_masked"]
+                assert gap == pytest.approx(-10 * np.log10(share), abs=1.5), text
+        assert Image.open(Path("out") / f"{text.replace(':', '-')}.png").size[0] > 100
+
+
 @pytest.mark.slow
 def test_a_table_for_each_mask(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--masks", "center,frames", "--out", "out") == 0
@@ -56,5 +79,7 @@ def test_a_table_for_each_mask(workspace: Path, capsys: pytest.CaptureFixture[st
 def test_what_cannot_be_done_is_one_sentence(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--masks", "stripes") == 2
     assert "--masks stripes" in capsys.readouterr().err
+    assert evaluate("--masks", "center", "--set", "render.steps=1001") == 2
+    assert "1000 timesteps" in capsys.readouterr().err
     assert evaluate("--masks", "center", "--dry-run") == 0
     assert not Path("runs").exists()

@@ -143,8 +143,11 @@ def test_drawn_mask_removes_an_object(clip: Path, model: Path) -> None:
         (["--mask", "box:0,0,100%,100%"], 2, "whole clip"),
         (["--mask", "center", "--mask", "center", "--invert", "--mask", "box:0,0,100%,100%"], 2, "hides nothing"),
         (["--mask", "center", "--lossless", "--codec", "gif"], 2, "--lossless"),
-        (["--mask", "center", "--codec", "av1"], 2, "codec"),
-        (["--mask", "center", "--sampler", "euler"], 2, "sampler"),
+        (["--mask", "gone.png"], 2, "no such file"),
+        (["--mask", "center,random:0.5"], 2, "its own --mask"),
+        (["--mask", "center", "--codec", "av1"], 2, "--codec av1: choose h264, ffv1, gif or png"),
+        (["--mask", "center", "--sampler", "euler"], 2, "--sampler euler"),
+        (["--mask", "center", "--steps", "5000"], 2, "1000 timesteps"),
         (["--mask", "frames:0-8"], 2, "hidden whole"),
     ],
 )

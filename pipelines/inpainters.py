@@ -1,0 +1,38 @@
+"""The model that inpaints: found, loaded, and checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from diffmae_video.config import Settings
+from diffmae_video.errors import UsageError
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.pipelines.classifiers import Loaded, find_run, load
+from diffmae_video.pipelines.console import say
+from diffmae_video.pipelines.recipes import pick_device
+
+
+def load_inpainter(
+    checkpoint: str | Path | None, device: str, overrides: Sequence[str], seed: int | None
+) -> tuple[str, Loaded]:
+    """A pre-training run (the workspace's newest without `checkpoint`) and its model; says which.
+
+    Raises:
+        UsageError: no model is there, or it cannot inpaint.
+    """
+    source, which = find_run("pretrain", checkpoint)
+    say(which)
+    loaded = load(source, torch.device(pick_device(device)), overrides, seed)
+    if not isinstance(loaded.model, DiffMAE):
+        raise UsageError(f"{source} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint.")
+    return source, loaded
+
+
+def check_steps(settings: Settings) -> None:
+    """Refuse more denoising steps than the model has timesteps. Raises UsageError."""
+    steps, timesteps = settings.render.steps, settings.diffusion.timesteps
+    if steps > timesteps:
+        raise UsageError(f"{steps} steps are more than the {timesteps} timesteps of the model; take at most so many.")
