@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ImageTeacher(nn.Module):
-    """A frozen image network as a token grid: pixels in [0, 1] (B, C, H, W) -> (B, h * w, F).
+    """A frozen image network as a token grid: pixels in [0, 1] (B, C, H, W) -> (B, h * w, F) or (B, F, h, w).
 
     Args:
         network: returns tokens (B, n, F), class or register tokens first, or a map (B, F, h, w).
@@ -44,18 +44,27 @@ class ImageTeacher(nn.Module):
         self.network, self.size = network.eval().requires_grad_(False), size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        with torch.no_grad():
-            self.width = self(torch.zeros(1, 3, *size)).shape[-1]
+        features = self(torch.zeros(1, 3, *size))
+        self.width = features.shape[-1] if features.dim() == 3 else features.shape[1]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) in [0, 1] -> tokens (B, h * w, F), a square grid."""
+        """images (B, C, H, W) in [0, 1] -> tokens (B, h * w, F) of a square grid, or the network's map (B, F, h, w).
+
+        Raises:
+            UsageError: the network gives neither, but one vector an image.
+        """
         images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         features = self.network((images - self.mean) / self.std)
         if isinstance(features, tuple | list):  # open_clip: (pooled, tokens)
             features = features[-1]
         if features.dim() == 4:
-            return features.flatten(2).transpose(1, 2)
+            return features
+        if features.dim() != 3:
+            raise UsageError(
+                f"model.teacher gives {(*features.shape,)} for {len(images)} image(s), which is no grid of tokens: "
+                "choose a network with patch tokens or a feature map."
+            )
         side = math.isqrt(features.shape[1])
         return features[:, features.shape[1] - side**2 :]
 
@@ -64,45 +73,65 @@ class ImageTeacher(nn.Module):
         return super().train(False)
 
 
-def load_teacher(settings: TeacherSettings) -> ImageTeacher:
-    """Build the teacher a recipe names: timm or open_clip by name, or a local callable that returns an ImageTeacher.
+def load_teacher(settings: TeacherSettings) -> Any:
+    """Build the teacher a recipe names: timm or open_clip by name, or a local callable that returns one.
 
     Raises:
-        UsageError: the library is missing, the name is unknown, or the callable returns something else.
+        UsageError: the library is missing, the name is unknown, its weights cannot be had or do not fit, or the
+            callable returns something else.
+        DataError: `model.teacher.checkpoint` is damaged or holds more than tensors.
     """
-    if settings.source == "timm":
-        try:
-            network = timm.create_model(
-                settings.name, pretrained=settings.checkpoint is None, num_classes=0, global_pool=""
-            )
-        except (RuntimeError, OSError) as error:
-            raise UsageError(
-                f"model.teacher {settings.name}: {error}; give a timm name, and offline model.teacher.checkpoint."
-            ) from error
-        _load(network, settings.checkpoint)
-        config = network.pretrained_cfg
-        return ImageTeacher(network, tuple(config["input_size"][1:]), config["mean"], config["std"])
-    if settings.source == "open_clip":
-        try:
-            import open_clip
-        except ImportError as error:
-            raise UsageError(
-                "model.teacher.source = open_clip needs open_clip: pip install diffmae-video[clip]."
-            ) from error
-        name, _, tag = settings.name.partition(":")
-        network = open_clip.create_model(name, pretrained=None if settings.checkpoint else tag or None).visual
-        _load(network, settings.checkpoint)
-        network.output_tokens = True
-        return ImageTeacher(network, _pair(network.image_size), network.image_mean, network.image_std)
-    module, _, attribute = settings.name.partition(":")
+    make, hint = {
+        "timm": (_timm_teacher, "give a timm name, and offline model.teacher.checkpoint"),
+        "open_clip": (_open_clip_teacher, "write it as NAME:TAG, or give model.teacher.checkpoint"),
+        "local": (_local_teacher, "write it as package.module:callable"),
+    }[settings.source]
     try:
-        teacher = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        return make(settings)
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"model.teacher.name = {settings.name}: {reason}; {hint}.") from error
+
+
+def _timm_teacher(settings: TeacherSettings) -> ImageTeacher:
+    network = timm.create_model(settings.name, pretrained=settings.checkpoint is None, num_classes=0, global_pool="")
+    _load(network, settings.checkpoint)
+    config = network.pretrained_cfg
+    return ImageTeacher(network, tuple(config["input_size"][1:]), config["mean"], config["std"])
+
+
+def _open_clip_teacher(settings: TeacherSettings) -> ImageTeacher:
+    try:
+        import open_clip
+    except ImportError as error:
         raise UsageError(
-            f"model.teacher.name = {settings.name}: {error}; write it as package.module:callable."
+            "model.teacher.source = open_clip needs open_clip: pip install 'diffmae-video[clip]'."
         ) from error
+    name, _, tag = settings.name.partition(":")
+    if name in ("hf-hub", "local-dir"):  # open_clip's own addresses of a model with its weights
+        name, tag = settings.name, ""
+    elif not tag and settings.checkpoint is None:
+        raise ValueError("the name tells no weights, and a random teacher teaches nothing")
+    own = settings.checkpoint is None
+    clip = open_clip.create_model(
+        name, pretrained=(tag or None) if own else None, load_weights=own, require_pretrained=own, pretrained_text=False
+    )
+    tower = clip.visual
+    _load(tower, settings.checkpoint, "visual.")
+    if hasattr(tower, "trunk"):  # a timm network behind a projection: its tokens, not their pool
+        network = tower.trunk
+        network.reset_classifier(0, "")
+    else:
+        network = tower
+        network.output_tokens = True
+    return ImageTeacher(network, _pair(tower.image_size), tower.image_mean, tower.image_std)
+
+
+def _local_teacher(settings: TeacherSettings) -> nn.Module:
+    module, _, attribute = settings.name.partition(":")
+    teacher = getattr(importlib.import_module(module), attribute)()
     if not isinstance(teacher, nn.Module) or not hasattr(teacher, "width"):
-        raise UsageError(f"model.teacher.name = {settings.name} did not return an ImageTeacher; see models/targets.py.")
+        raise TypeError("it did not return an ImageTeacher or another module with .width, see models/targets.py")
     _load(getattr(teacher, "network", teacher), settings.checkpoint)
     return teacher
 
@@ -111,15 +140,23 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _load(network: nn.Module, checkpoint: str | None) -> None:
+def _load(network: nn.Module, checkpoint: str | None, prefix: str = "") -> None:
+    """Fill the network from a file, or from the part of it under `prefix` where it holds a larger model."""
     if checkpoint is None:
         return
     from diffmae_video.models.importers import read_tensors
+    from diffmae_video.models.weights import tensor_problems
 
     tensors = read_tensors(checkpoint)
-    missing, _ = network.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("head.")}, strict=False)
-    if missing:
-        raise UsageError(f"model.teacher.checkpoint = {checkpoint} lacks {', '.join(missing)}; give the teacher's own.")
+    if prefix and any(name.startswith(prefix) for name in tensors):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}  # of its classes
+    problems = tensor_problems(network, tensors)
+    if problems:
+        raise UsageError(
+            f"model.teacher.checkpoint = {checkpoint} does not fit: {'; '.join(problems)}; give the teacher's own."
+        )
+    network.load_state_dict(tensors)
 
 
 class FeatureDecoder(nn.Module):
@@ -153,9 +190,8 @@ class FeatureDecoder(nn.Module):
         self._teacher[:] = [self.teacher.to(clips.device)]
         mean, std = (torch.tensor(v, device=clips.device).view(1, 3, 1, 1) for v in PIXEL_NORMS[self.model.pixel_norm])
         frames = clips[:, :, :: self.model.tubelet].transpose(1, 2).flatten(0, 1)  # (B * T/t, C, H, W)
-        grid = self.teacher(
-            (frames * std + mean).clamp(0, 1)
-        ).float()  #            (B * T/t, h * w, F) or (.., F, h, w)
+        frames = (frames * std + mean).clamp(0, 1)
+        grid = self.teacher(frames).float()  #                                     (B * T/t, h * w, F) or (.., F, h, w)
         if grid.dim() == 3:
             side = math.isqrt(grid.shape[1])
             if side**2 != grid.shape[1]:

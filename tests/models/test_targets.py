@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import diffmae_video.compat  # noqa: F401
 
+import open_clip
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from diffmae_video.config import ModelSettings, TeacherSettings
-from diffmae_video.errors import UsageError
+from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.targets import ImageTeacher
+from diffmae_video.models.targets import ImageTeacher, load_teacher
 from diffmae_video.models.weights import load_model, save_model
 
 
@@ -104,6 +108,98 @@ def test_a_teacher_without_a_grid_is_refused():
     net = DiffMAE(settings(), teacher=Odd())
     with pytest.raises(UsageError, match="17 tokens"):
         net.feature_decoder.targets(torch.zeros(1, 3, 4, 32, 32), (2, 4, 4))
+
+
+# --- CLIP by name: random weights stand for the published ones, which only a download brings -------------------------
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's models
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+TOWERS = {  # open_clip's own ViT, and a timm network as its image tower
+    "clip-own": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "clip-timm": {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": ""},
+}
+
+
+@pytest.fixture(scope="module")
+def clips_of_random_weights(tmp_path_factory) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Small CLIP models under names that open_clip knows from here on, and their checkpoints."""
+    folder, out = tmp_path_factory.mktemp("clip"), {}
+    for name, tower in TOWERS.items():
+        config = {"embed_dim": 24, "vision_cfg": tower, "text_cfg": TEXT}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+        torch.manual_seed(1)
+        model = open_clip.create_model(name).eval()
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+        out[name] = model, str(folder / f"{name}.pt")
+    return out
+
+
+def as_clip_wants(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] by CLIP's mean and deviation."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
+
+
+def test_open_clip_teacher(clips_of_random_weights):
+    """Its tokens are what open_clip's own intermediate features are after the last norm."""
+    model, checkpoint = clips_of_random_weights["clip-own"]
+    teacher = load_teacher(TeacherSettings(source="open_clip", name="clip-own", checkpoint=checkpoint))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (grid,) = model.visual.forward_intermediates(
+            as_clip_wants(images), indices=1, normalize_intermediates=True, intermediates_only=True
+        )["image_intermediates"]  # (B, F, h, w)
+    assert teacher.width == 32
+    torch.testing.assert_close(teacher(images), grid.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_open_clip_teacher_on_a_timm_tower(clips_of_random_weights):
+    model, checkpoint = clips_of_random_weights["clip-timm"]
+    teacher = load_teacher(TeacherSettings(source="open_clip", name="clip-timm", checkpoint=checkpoint))
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model.visual.trunk.forward_features(as_clip_wants(images))[:, 1:]  # without the class token
+    assert teacher.width == 192
+    torch.testing.assert_close(teacher(images), tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_learns_from_open_clip(clips_of_random_weights):
+    _, checkpoint = clips_of_random_weights["clip-own"]
+    net = DiffMAE(settings(teacher=TeacherSettings(source="open_clip", name="clip-own", checkpoint=checkpoint)))
+    mask, clips = make_mask("random", 0.75, (2, 4, 4), [0, 1]), torch.randn(2, 3, 4, 32, 32).clamp(-1, 1)
+    net(clips, mask, net.draw([1, 2], mask)).loss.backward()
+    assert float(net.feature_decoder.decoder.head.weight.grad.abs().sum()) > 0
+    assert net.settings.teacher.width == 32
+
+
+def test_clip_by_timms_name(tmp_path):
+    name = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"  # timm's smallest CLIP
+    torch.manual_seed(0)
+    peer = timm.create_model(name, pretrained=False).eval()
+    save_file(peer.state_dict(), tmp_path / "clip.safetensors")
+    teacher = load_teacher(TeacherSettings(name=name, checkpoint=str(tmp_path / "clip.safetensors")))
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = peer.forward_features(as_clip_wants(images))[:, 1:]
+    torch.testing.assert_close(teacher(images), tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_teachers_of_other_weights_are_refused(clips_of_random_weights, tmp_path):
+    (_, own), (_, other) = clips_of_random_weights.values()
+    for checkpoint, error, text in ((other, UsageError, "missing class_embedding"), (__file__, DataError, "refused")):
+        with pytest.raises(error, match=text):
+            load_teacher(TeacherSettings(source="open_clip", name="clip-own", checkpoint=checkpoint))
+    with pytest.raises(UsageError, match=r"no weights.*NAME:TAG"):
+        load_teacher(TeacherSettings(source="open_clip", name="clip-own"))
+    with pytest.raises(UsageError, match=r"clip-nobody.*NAME:TAG"):
+        load_teacher(TeacherSettings(source="open_clip", name="clip-nobody:openai", checkpoint=own))
+
+
+def test_a_teacher_without_tokens_is_refused():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 9))
+    with pytest.raises(UsageError, match="no grid of tokens"):
+        ImageTeacher(network, (8, 8), (0.5,) * 3, (0.5,) * 3)
 
 
 def test_unknown_teachers_are_named():
