@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmae_video.config import ModelSettings
 from diffmae_video.models.importers import build, detect_source, translate
 from diffmae_video.models.weights import tensor_problems
 
@@ -87,11 +88,15 @@ def possible_origins(name: str) -> list[list[str]]:
     return origins
 
 
-def numbered(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """Tensors of a list, the n-th full of n (held in no memory), and the names by number; 0 is for zeros."""
+def read_list(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
     lines = [line.split(" ", 1) for line in file.read_text().splitlines() if line.strip()]
-    names = {number: name for number, (name, _) in enumerate(lines, 1)}
-    shapes = {name: literal_eval(shape) for name, shape in lines}
+    return {name: literal_eval(shape) for name, shape in lines}
+
+
+def numbered(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """Tensors of a list, the n-th full of n (held in no memory), and the names by number; 0 is for zeros."""
+    names = dict(enumerate(shapes, 1))
     tensors = {name: torch.full((), n, dtype=torch.int16).expand(shapes[name]) for n, name in names.items()}
     table = tensors.get("decoder_pos_embed", tensors.get("decoder.decoder_pos_embed"))
     if table is not None:  # a sine-cosine table, zero at the class token
@@ -100,16 +105,66 @@ def numbered(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     return tensors, names
 
 
+def videomae_list(
+    width: int, depth: int, inner: int, inner_depth: int, patch: int = 16, ratio: float = 4.0
+) -> dict[str, tuple[int, ...]]:
+    """A pre-training of VideoMAE, or of VideoMAEv2, which has the same names: queries and values have biases."""
+
+    def blocks(prefix: str, width: int, depth: int) -> dict[str, tuple[int, ...]]:
+        hidden, shapes = int(width * ratio), {}
+        for number in range(depth):
+            block = f"{prefix}.blocks.{number}."
+            shapes |= {f"{block}norm1.{kind}": (width,) for kind in ("weight", "bias")}
+            shapes |= {f"{block}attn.q_bias": (width,), f"{block}attn.v_bias": (width,)}
+            shapes |= {f"{block}attn.qkv.weight": (3 * width, width)}
+            shapes |= {f"{block}attn.proj.weight": (width, width), f"{block}attn.proj.bias": (width,)}
+            shapes |= {f"{block}norm2.{kind}": (width,) for kind in ("weight", "bias")}
+            shapes |= {f"{block}mlp.fc1.weight": (hidden, width), f"{block}mlp.fc1.bias": (hidden,)}
+            shapes |= {f"{block}mlp.fc2.weight": (width, hidden), f"{block}mlp.fc2.bias": (width,)}
+        return shapes | {f"{prefix}.norm.{kind}": (width,) for kind in ("weight", "bias")}
+
+    values = 2 * patch * patch * 3
+    shapes = {"mask_token": (1, 1, inner), "encoder_to_decoder.weight": (inner, width)}
+    shapes |= {
+        "encoder.patch_embed.proj.weight": (width, 3, 2, patch, patch),
+        "encoder.patch_embed.proj.bias": (width,),
+    }
+    shapes |= blocks("encoder", width, depth) | blocks("decoder", inner, inner_depth)
+    return shapes | {"decoder.head.weight": (values, inner), "decoder.head.bias": (values,)}
+
+
 @pytest.mark.skipif(not FILES, reason="no lists of checkpoints here: ../shared/keys")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_tensor_of_a_checkpoint_arrives_at_its_place(file):
-    tensors, names = numbered(file)
-    source = SOURCES[file.stem.split("__")[0]]
+    shapes = read_list(file)
+    if file.stem.startswith("videomae_pt"):  # the builder of VideoMAEv2's lists makes these too
+        sizes = {"small": (384, 12, 192, 4), "base": (768, 12, 384, 4), "large": (1024, 24, 512, 12)}
+        sizes |= {"huge": (1280, 32, 640, 12)}
+        assert videomae_list(*sizes[file.stem.split("__")[1]]) == shapes
+    check_arrivals(shapes, SOURCES[file.stem.split("__")[0]], ABSENT.get(file.stem, []))
+
+
+@pytest.mark.parametrize(
+    ("size", "decoder_heads", "shape"),
+    [((1280, 32, 512, 4), 8, (8, 14, 14)), ((1408, 40, 512, 4, 14, 48 / 11), 8, (8, 16, 16))],
+    ids=["huge", "giant"],
+)
+def test_videomae_v2(size, decoder_heads, shape):
+    """Its decoders are 512 wide at any size; the giant has patches of 14 pixels and MLPs of 48 / 11."""
+    settings = check_arrivals(videomae_list(*size), "videomae", [])
+    assert (settings.width, settings.depth, settings.heads) == (*size[:2], 16)
+    assert (settings.decoder_heads, settings.decoder_depth) == (decoder_heads, 4)
+    assert (settings.frames // settings.tubelet, *(side // settings.patch for side in settings.size)) == shape
+
+
+def check_arrivals(shapes: dict[str, tuple[int, ...]], source: str, absent: list[str]) -> ModelSettings:
+    """Translate a list and follow every tensor of it; returns the settings it asks for."""
+    tensors, names = numbered(shapes)
     assert detect_source(tensors) in (source, *(["timm"] if source == "mae" else []))
     settings, ours = translate(tensors, source)
     with torch.device("meta"):
         model = build(settings, ours, source)
-    assert tensor_problems(model, ours) == ABSENT.get(file.stem, [])  # nothing missing, unexpected or misshapen
+    assert tensor_problems(model, ours) == absent  # nothing missing, unexpected or misshapen
     unread = set(names.values())
     for name, tensor in ours.items():
         column = tensor.reshape(len(tensor), -1)[:, 0]
@@ -131,3 +186,4 @@ def test_every_tensor_of_a_checkpoint_arrives_at_its_place(file):
         assert found in possible_origins(name), name
         unread -= set(found)
     assert unread == set()
+    return settings
