@@ -30,7 +30,7 @@ def render_inpaint(
             envvar="DIFFMAE_MASK",
             help="random:0.75, tube:0.75, block:0.5, center, frames:8-15, future:0.5, box:x,y,w,h[@start-end] in "
             "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (white is "
-            "hidden). May be given several times.",
+            "hidden), a .npy array of bool (T, H, W). May be given several times.",
         ),
     ] = None,
     track: Annotated[

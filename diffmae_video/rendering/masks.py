@@ -1,7 +1,8 @@
 """What is hidden in each frame of a video: a function of the frame's number, in pixels of the displayed frame.
 
 A mask is written as text (`random:0.75`, `box:10%,10%,30%,40%@1s-3s`), drawn by the user (a picture, a folder of
-pictures, a mask video; white is hidden), or a box that moves between key frames. Several are united.
+pictures, a mask video; white is hidden), computed (a NumPy array in a .npy file), or a box that moves between key
+frames. Several are united.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from diffmae_video.masking import DEFAULT_RATIOS, MASK_KINDS, make_mask
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMS = (
     "random:R, tube:R, block:R, center:R, frames:R, frames:FIRST-LAST, future:R, box:X,Y,W,H[@START-END] or the path "
-    "of a picture, a folder of pictures or a video"
+    "of a picture, a folder of pictures, a video or a .npy array"
 )
 
 
@@ -243,7 +244,7 @@ def _track(text: str, canvas: Canvas) -> FrameMask:
 
 
 def _drawn(path: Path, canvas: Canvas) -> FrameMask:
-    """A picture for all frames, a folder with one for each, or a video; white (above half) is hidden."""
+    """A picture for all frames, a folder with one for each, or a video (white, above half, is hidden), or an array."""
     if path.is_dir():
         files = list_images(path)
         if len(files) != canvas.frames:
@@ -252,6 +253,8 @@ def _drawn(path: Path, canvas: Canvas) -> FrameMask:
             )
         _check(path, _hidden(files[0]), canvas)
         return lambda number: _check(files[number], _hidden(files[number]), canvas)
+    if path.suffix.lower() == ".npy":
+        return _array(path, canvas)
     try:
         hidden = _hidden(path)
     except DataError as error:
@@ -261,6 +264,18 @@ def _drawn(path: Path, canvas: Canvas) -> FrameMask:
             raise error from None
     _check(path, hidden, canvas)
     return lambda number: hidden
+
+
+def _array(path: Path, canvas: Canvas) -> FrameMask:
+    """A .npy file: bool (T, H, W) for each frame or (H, W) for all, True = hidden; it stays on disk."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"--mask {path} is no NumPy array ({error}); write it with numpy.save.") from error
+    try:
+        return masks_of_tensor(array, canvas.frames, (canvas.height, canvas.width))
+    except ValueError as error:
+        raise UsageError(f"--mask {path}: {error}; convert it.") from error
 
 
 def _hidden(path: Path) -> np.ndarray:
@@ -316,14 +331,14 @@ def list_images(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=order)
 
 
-def masks_of_tensor(mask: torch.Tensor, frames: int, size: tuple[int, int]) -> FrameMask:
-    """A mask handed over as a tensor: bool (T, H, W) or (H, W), True = hidden.
+def masks_of_tensor(mask: torch.Tensor | np.ndarray, frames: int, size: tuple[int, int]) -> FrameMask:
+    """A mask handed over as a tensor or a NumPy array: bool (T, H, W) or (H, W), True = hidden.
 
     Raises:
         ValueError: the mask has another type or shape than the video.
     """
-    if mask.dtype != torch.bool or tuple(mask.shape) not in ((frames, *size), tuple(size)):
+    hidden = mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask
+    if hidden.dtype != bool or hidden.shape not in ((frames, *size), tuple(size)):
         wanted = f"bool {(frames, *size)} or {tuple(size)}"
-        raise ValueError(f"a mask for this video is {wanted}, not {mask.dtype} {(*mask.shape,)}")
-    hidden = mask.cpu().numpy()
-    return lambda number: hidden[number] if hidden.ndim == 3 else hidden
+        raise ValueError(f"a mask for this video is {wanted}, not {hidden.dtype} {(*hidden.shape,)}")
+    return lambda number: np.asarray(hidden[number] if hidden.ndim == 3 else hidden)

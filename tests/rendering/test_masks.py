@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,57 @@ def test_drawn_masks_for_all_frames_and_for_each(tmp_path: Path) -> None:
     assert all(np.array_equal(np.nonzero(mask(n))[1].min(), n) for n in range(40))  # 2.png before 10.png
 
 
+def test_masks_from_numpy_arrays(tmp_path: Path) -> None:
+    each = np.random.default_rng(0).random((40, 50, 90)) < 0.3
+    np.save(tmp_path / "each.npy", each)
+    np.save(tmp_path / "one.npy", each[7])
+    mask, same = (build_mask([str(tmp_path / f"{name}.npy")], CANVAS) for name in ("each", "one"))
+    assert all(np.array_equal(mask(number), each[number]) for number in (0, 7, 39, 3))
+    assert np.array_equal(same(0), each[7])
+    assert np.array_equal(same(39), each[7])
+    both = build_mask([str(tmp_path / "each.npy"), "box:0,0,90,50@2-2"], CANVAS, invert=True)
+    assert not both(2).any()
+    assert np.array_equal(both(3), ~each[3])
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "part"),
+    [
+        (np.zeros((40, 50, 90), np.uint8), UsageError, r"is bool \(40, 50, 90\) or \(50, 90\), not uint8"),
+        (np.zeros((39, 50, 90), bool), UsageError, r"not bool \(39, 50, 90\)"),
+        (np.array([{"a": 1}], dtype=object), DataError, "no NumPy array"),  # a pickle: never loaded
+        (b"nothing of the kind", DataError, "no NumPy array"),
+    ],
+)
+def test_arrays_that_are_no_masks(tmp_path: Path, content: np.ndarray | bytes, error: type, part: str) -> None:
+    file = tmp_path / "mask.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, content, allow_pickle=True)
+    with pytest.raises(error, match=part):
+        build_mask([str(file)], CANVAS)
+
+
+def test_mask_videos(tmp_path: Path) -> None:
+    hidden = np.zeros((40, 50, 90), dtype=bool)
+    for number in range(40):
+        hidden[number, 5:15, number : number + 20] = True
+    with av.open(str(tmp_path / "mask.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 90, 50, "yuv444p"
+        for frame in hidden:
+            picture = np.repeat(frame[..., None], 3, 2).astype(np.uint8) * 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    mask = build_mask([str(tmp_path / "mask.mkv")], CANVAS)
+    for number in (0, 1, 5, 39, 2):  # going back opens it again
+        np.testing.assert_array_equal(mask(number), hidden[number])
+    short = Canvas(height=50, width=90, frames=41, fps=10.0, grid=(4, 5, 9), span=16)
+    with pytest.raises(UsageError, match="40 frames for a clip of 41"):
+        build_mask([str(tmp_path / "mask.mkv")], short)
+
+
 def test_list_images_orders_numbers_by_value(tmp_path: Path) -> None:
     for name in ("10.png", "9.png", "b.txt"):
         (tmp_path / name).touch()
@@ -141,5 +193,6 @@ def test_drawn_masks_of_wrong_size_count_or_kind(tmp_path: Path) -> None:
 
 def test_tensor_masks_are_checked() -> None:
     assert masks_of_tensor(torch.ones(4, 5, dtype=torch.bool), 3, (4, 5))(2).all()
+    assert masks_of_tensor(np.arange(3)[:, None, None] == np.full((1, 4, 5), 1), 3, (4, 5))(1).all()
     with pytest.raises(ValueError, match="bool"):
         masks_of_tensor(torch.ones(4, 6, dtype=torch.bool), 3, (4, 5))
