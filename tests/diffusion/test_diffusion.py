@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffmae_video.diffusion import sampler as samplers
 from diffmae_video.diffusion.sampler import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m
 from diffmae_video.diffusion.schedule import Schedule
 
@@ -274,6 +275,58 @@ def test_few_steps_spread_in_angle_do_what_many_even_ones_do(rho):
     assert problem.error("dpm++", 20) < 0.03 * float(problem.covariance.abs().max())
     assert problem.error("dpm++", 20) < problem.error("dpm++", 50, "even") * 1.05
     assert problem.error("ddim", 20) < problem.error("ddim", 20, "even")
+
+
+def exact_moments_of_ddpm(problem: Gaussian, steps: int, monkeypatch, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of ancestral samples without sampling: they are affine in x_T and in each step's noise.
+
+    Row 0 of the batch gets no noise at all, every other row a unit of one component of one of the draws.
+    """
+    unit = torch.eye(1 + 4 * steps, dtype=torch.float64)[:, 1:].unflatten(1, (steps, 4))  # (rows, draw, component)
+    draws = iter(range(1, steps))
+    monkeypatch.setattr(samplers, "randn_like", lambda x, generators: unit[:, next(draws)])
+    out = ddpm(problem.denoise, unit[:, 0], problem.schedule, steps, **options)
+    assert next(draws, None) is None  # every step but the last has drawn
+    linear = out[1:] - out[0]
+    return out[0], linear.T @ linear
+
+
+def test_ancestral_errors_fall_at_the_expected_order(monkeypatch):
+    """First order in the number of steps, in mean and covariance, towards the conditional distribution."""
+    problem, errors = Gaussian(), []
+    for steps in (64, 128, 256):
+        mean, covariance = exact_moments_of_ddpm(problem, steps, monkeypatch)
+        errors.append([float((x - y).abs().max()) for x, y in ((mean, problem.mean), (covariance, problem.covariance))])
+    largest = float(problem.covariance.abs().max())
+    assert errors[2][0] < 1e-6
+    assert errors[2][1] < 0.02 * largest
+    for coarse, fine in ((0, 1), (1, 2)):
+        assert 0.7 < math.log2(errors[coarse][1] / errors[fine][1]) < 1.3
+
+
+def test_ddim_with_all_its_noise_is_ddpm():
+    """At eta = 1 both draw from the posterior (arXiv 2010.02502, section 4.1)."""
+    runs = [
+        run(
+            linear_denoiser,
+            start(),
+            Schedule.make("linear", 1000, 0.8),
+            STEPS,
+            torch.Generator().manual_seed(3),
+            **more,
+        )
+        for run, more in ((ddpm, {}), (ddim, {"eta": 1.0}))
+    ]
+    torch.testing.assert_close(*runs, atol=1e-10, rtol=1e-10)
+
+
+def test_the_larger_variance_gives_the_larger_spread(monkeypatch):
+    """`beta` (fixed large) instead of the posterior's: the same mean, more covariance in every direction."""
+    problem = Gaussian()
+    mean, small = exact_moments_of_ddpm(problem, 64, monkeypatch)
+    same, large = exact_moments_of_ddpm(problem, 64, monkeypatch, variance="beta")
+    torch.testing.assert_close(mean, same)
+    assert float(torch.linalg.eigvalsh(large - small).min()) > 0
 
 
 def test_gaussian_conditional_of_ddpm():
