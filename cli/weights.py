@@ -72,29 +72,18 @@ def import_command(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Turn weights of mae, mae_st, VideoMAE, timm or Hugging Face into a model folder. Nothing in FILE is run."""
-    from diffmae_video.errors import UsageError
-    from diffmae_video.models.importers import import_weights
-    from diffmae_video.models.weights import save_model
+    from diffmae_video.pipelines.weights import import_file
 
-    target = out or Path(f"{file.stem}-imported")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise UsageError(f"--out {target} is not empty; choose a new folder or pass --overwrite.")
-    model = import_weights(
+    import_file(
         source.value,
         file,
+        out=out,
+        overwrite=overwrite,
         frames=frames,
         inflate=inflate.value,
         heads=heads,
         decoder_heads=decoder_heads,
         allow_partial=allow_partial,
-    )
-    save_model(model, target)
-    for problem in model.info["problems"]:
-        typer.echo(f"  {problem}")
-    size = model.encoder
-    typer.echo(
-        f"Imported {model.info['imported_from']} into {target}: {type(model).__name__}, {size.width} wide, "
-        f"{size.depth} blocks, {size.heads} heads. Use it with `finetune --init {target}`, or as --checkpoint."
     )
 
 
@@ -113,22 +102,9 @@ def export_command(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a model for others, with a model card: safetensors, timm, Hugging Face or ONNX."""
-    from diffmae_video.models.exporters import export_model
-    from diffmae_video.models.weights import load_model
-    from diffmae_video.pipelines.workspace import Workspace
+    from diffmae_video.pipelines.weights import export
 
-    if checkpoint is None:
-        workspace = Workspace.here()
-        entry = workspace.latest("finetune") or workspace.latest("pretrain")
-        if entry is None:
-            entry = workspace.require("pretrain", "--checkpoint")  # says which command to run
-        checkpoint = str(getattr(entry, "path", entry))
-        typer.echo(f"Exporting {checkpoint}")
-    files = export_model(
-        load_model(checkpoint), out or Path(f"export-{form.value}"), form.value, licence=licence, overwrite=overwrite
-    )
-    for path in files:
-        typer.echo(f"{path}  {path.stat().st_size:,} bytes")
+    export(checkpoint, form.value, out=out, licence=licence, overwrite=overwrite)
 
 
 def register(app: typer.Typer) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from diffmae_video.config import ModelSettings
 from diffmae_video.errors import UsageError
 from diffmae_video.files import write_atomic
+from diffmae_video.models.card import class_names, model_card
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import PIXEL_NORMS
@@ -91,7 +94,7 @@ def mae_names(model: DiffMAE | Classifier) -> dict[str, Tensor]:
         name = "mask_token" if name == "decoder.mask_token" else name.replace("decoder.", "decoder_", 1)
         out[name] = tensor.detach().clone()
     for prefix, module in (("", encoder), ("decoder_", getattr(model, "decoder", None))):
-        if module is None or settings.positions == "flat":
+        if module is None:
             continue
         table = module.positions(encoder.shape).detach()  #              (1, N, D)
         if settings.class_token:
@@ -112,11 +115,13 @@ def _write_timm(model: DiffMAE | Classifier, directory: Path) -> None:
     if mean_pool:
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in tensors.items()}
     mean, std = PIXEL_NORMS[settings.pixel_norm]
+    pool = "avg" if mean_pool else "token" if settings.class_token else ""
     config = {
         "architecture": "vit_base_patch16_224",
         "num_classes": model.num_classes if isinstance(model, Classifier) else 0,
-        "global_pool": "avg" if mean_pool else "token" if settings.class_token else "",
+        "global_pool": pool,
         "model_args": {
+            "global_pool": pool,  # what timm builds from; the one above is for its hub's pages
             "img_size": list(settings.size),
             "patch_size": settings.patch,
             "embed_dim": encoder.width,
@@ -128,7 +133,7 @@ def _write_timm(model: DiffMAE | Classifier, directory: Path) -> None:
         },
         "pretrained_cfg": {"mean": mean, "std": std, "input_size": [3, *settings.size], "fixed_input_size": True},
     }
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_tensors(tensors, directory)
     write_atomic(directory / "config.json", json.dumps(config, indent=2))
 
 
@@ -151,6 +156,8 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
     tensors: dict[str, Tensor] = {}
     rules = TO_HF + (TO_VIDEOMAE if video else TO_VITMAE)
     for name, tensor in mae_names(model).items():
+        if video and name.endswith("pos_embed"):  # VideoMAE computes its own, positions = 'flat'
+            continue
         if name == "patch_embed.proj.weight" and not video:
             tensor = tensor.squeeze(2)  # ViTMAE's kernel has no time
         if isinstance(model, Classifier) and name.startswith("norm."):
@@ -200,10 +207,33 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
             "decoder_intermediate_size": int(settings.decoder_width * settings.mlp_ratio),
         }
     else:
-        names = _classes(model)
+        names = class_names(model)
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_tensors(tensors, directory)
     write_atomic(directory / "config.json", json.dumps(config, indent=2))
+    write_atomic(directory / "preprocessor_config.json", json.dumps(_processor(settings, video), indent=2))
+
+
+def _processor(settings: ModelSettings, video: bool) -> dict[str, Any]:
+    """What transformers' image processors do to bring frames to the model: resize, cut out the centre, normalise."""
+    mean, std = PIXEL_NORMS[settings.pixel_norm]
+    size = {"height": settings.size[0], "width": settings.size[1]}
+    return {
+        "image_processor_type": "VideoMAEImageProcessor" if video else "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": settings.size[0]} if video else size,
+        "resample": 2,  # bilinear, as our transforms
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    } | ({"do_center_crop": True, "crop_size": size} if video else {})
+
+
+def _write_tensors(tensors: dict[str, Tensor], directory: Path) -> None:
+    # safetensors' own save_file makes a file that its owner alone can read
+    write_atomic(directory / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _write_onnx(model: DiffMAE | Classifier, directory: Path) -> None:
@@ -215,7 +245,8 @@ def _write_onnx(model: DiffMAE | Classifier, directory: Path) -> None:
     network: nn.Module = model if isinstance(model, Classifier) else model.encoder
     training = network.training
     clips = torch.zeros(2, 3, settings.frames, *settings.size)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the exporter about its own parts
         program = torch.onnx.export(
             network.eval(),
             (clips,),
@@ -227,49 +258,3 @@ def _write_onnx(model: DiffMAE | Classifier, directory: Path) -> None:
         )
     network.train(training)
     program.save(str(directory / "model.onnx"))
-
-
-def _classes(model: DiffMAE | Classifier) -> list[str]:
-    count = getattr(model, "num_classes", 0)
-    names = model.info.get("classes") or []
-    return list(names) if len(names) == count else [f"class_{i}" for i in range(count)]
-
-
-def model_card(model: DiffMAE | Classifier, form: str, licence: str) -> str:
-    """What the model is, what it saw, how it was trained, what was measured: only what its model.json says."""
-    settings, info = model.settings, model.info
-    mean, std = PIXEL_NORMS[settings.pixel_norm]
-    values = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    metrics = info.get("metrics") or {}
-    classes = _classes(model) if isinstance(model, Classifier) else []
-    what = "Classifier" if isinstance(model, Classifier) else f"DiffMAE (objective {settings.objective})"
-    lines = [
-        "---",
-        f"license: {licence}",
-        "library_name: diffmae-video",
-        "tags: [video, masked-autoencoder, diffusion]",
-        "---",
-        "",
-        f"# {info.get('recipe') or what}",
-        "",
-        "Made with diffmae-video, an independent implementation of Diffusion Models as Masked Autoencoders",
-        "(arXiv 2304.03283).",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| Model | {what}, encoder {model.encoder.width} wide, {model.encoder.depth} blocks, "
-        f"{values:.2f} M parameters |",
-        f"| Input | {settings.frames} x {settings.size[0]} x {settings.size[1]} pixels RGB, patches "
-        f"{settings.tubelet} x {settings.patch} x {settings.patch}, (x / 255 - {list(mean)}) / {list(std)} |",
-        f"| Format | {form} |",
-        f"| Data | {info.get('dataset', 'not recorded')} |",
-        f"| Recipe | {info.get('recipe', 'not recorded')} |",
-        f"| Licence | {licence} |",
-    ]
-    if info.get("imported_from"):
-        lines.append(f"| Imported from | {info['imported_from']}, {info.get('file', '')} |")
-    if classes:
-        lines += ["", f"Classes ({len(classes)}): {', '.join(classes[:1000])}."]
-    lines += ["", "## Measured", ""]
-    lines += [f"- {name}: {value}" for name, value in metrics.items()] or ["Nothing was recorded with the weights."]
-    return "\n".join(lines) + "\n"
