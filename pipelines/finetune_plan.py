@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmae_video.config import Settings, load_settings, read_recipe, recipe_names, with_overrides
+from diffmae_video.config import Settings, load_settings, read_recipe, recipe_chain, recipe_names, with_overrides
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS
@@ -120,6 +120,10 @@ def _choose_recipe(
     of_run = (description or {}).get("info", {}).get("recipe")
     if of_run in recipe_names() and read_recipe(of_run).summary:
         return of_run, "the recipe of the pre-training run"
+    for path in (Path(of_run), Workspace.here().folder / of_run) if of_run else ():
+        # a user's own recipe, if it says how to fine-tune: its [train] alone is about pre-training
+        if path.is_file() and any("finetune" in part.stages for part in recipe_chain(str(path))):
+            return str(path), "the recipe of the pre-training run"
     return choose_recipe("finetune", manifest, place, manifest.kind)
 
 
@@ -130,13 +134,7 @@ def _model_of_weights(
 
     A recipe's plain [model] describes pre-training; the weights have decided that already.
     """
-    wanted: dict[str, Any] = {}
-    name: str | None = recipe
-    while name:
-        part = read_recipe(name)
-        wanted = part.stages.get("finetune", {}).get("model", {}) | wanted
-        name = part.extends
-    keys = set(wanted)
+    keys = {key for part in recipe_chain(recipe) for key in part.stages.get("finetune", {}).get("model", {})}
     for text in overrides:
         section, _, key = text.partition("=")[0].strip().partition(".")
         if section == "model":

@@ -128,7 +128,7 @@ def pretrain_with_recipe(
         recipe, "pretrain", overrides, seed=seed, manifest=manifest, device=device, kind=kind
     )
     console.say(line)
-    name = line.removeprefix("Recipe: ").split(" ")[0]
+    name = line.removeprefix("Recipe: ").rpartition(" (")[0]  # a path may hold spaces
     return pretrain(settings, kind=kind, data=data, device=device, recipe=name, **arguments)
 
 

@@ -77,6 +77,22 @@ def read_recipe(name_or_path: str) -> Recipe:
     return Recipe(name=name, summary=summary, extends=extends, tables=tables, stages=stages)
 
 
+def recipe_chain(name_or_path: str) -> list[Recipe]:
+    """A recipe and those it extends, the nearest first.
+
+    Raises:
+        UsageError: one of them does not exist, is no recipe, or extends itself.
+    """
+    chain: dict[str, Recipe] = {}  # by the name or path that was asked for
+    name: str | None = name_or_path
+    while name:
+        if name in chain:
+            raise UsageError(f"Recipe {name_or_path} extends itself through {name}; break the circle.")
+        chain[name] = read_recipe(name)
+        name = chain[name].extends
+    return list(chain.values())
+
+
 def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     """Resolve the settings of a stage: defaults, recipe chain, stage table, then `section.field=value` overrides.
 
@@ -91,14 +107,7 @@ def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple
     tables: dict[str, Any] = {}
     origin = f"recipe {recipe}"
     if recipe:
-        chain: dict[str, Recipe] = {}  # by the name or path that was asked for
-        name: str | None = recipe
-        while name:
-            if name in chain:
-                raise UsageError(f"Recipe {recipe} extends itself through {name}; break the circle.")
-            chain[name] = read_recipe(name)
-            name = chain[name].extends
-        for part in reversed(list(chain.values())):
+        for part in reversed(recipe_chain(recipe)):
             _merge(tables, part.tables)
             _merge(tables, part.stages.get(stage, {}))
     for text in overrides:

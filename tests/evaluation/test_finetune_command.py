@@ -18,7 +18,7 @@ from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.evaluate import evaluate
 from diffmae_video.pipelines.finetune import build_classifier, finetune
-from diffmae_video.pipelines.finetune_plan import measure_classifier
+from diffmae_video.pipelines.finetune_plan import measure_classifier, plan_finetune
 from diffmae_video.pipelines.workspace import Workspace
 
 RECIPE = """
@@ -207,6 +207,34 @@ def test_refusals(here: Path) -> None:
     with pytest.raises(UsageError, match="no class token"):
         finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["finetune.pool=class"])
     assert not (here / "runs" / "finetune-001").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "wanted"),
+    [
+        ("my recipes/own.toml", "[stage.finetune.train]\nsteps = 7\n", "my recipes/own.toml"),
+        ("tiny.toml", "", "video-tiny"),  # it says nothing of fine-tuning: chosen by device, as without a recipe
+        ("gone.toml", None, "video-tiny"),
+    ],
+)
+def test_auto_takes_the_recipe_of_the_pretraining(
+    here: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stage: str | None, wanted: str
+) -> None:
+    run = pretrained(here / "pre")
+    description = json.loads((run / "model.json").read_text())
+    description["info"]["recipe"] = recipe
+    (run / "model.json").write_text(json.dumps(description))
+    if stage is not None:
+        (here / recipe).parent.mkdir(exist_ok=True)
+        (here / recipe).write_text(RECIPE + stage)
+    plan = plan_finetune("squares", "auto", None, None, "auto", (), None, "cpu")
+    assert plan.recipe == wanted
+    assert (plan.settings.train.steps == 7) == (wanted == recipe)
+    monkeypatch.setenv("DIFFMAE_WORKSPACE", str(here))  # from another folder the path is the workspace's
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    again = plan_finetune("squares", "auto", None, None, "auto", (), None, "cpu")
+    assert again.settings == plan.settings
 
 
 def test_dry_run_tells_the_cost_and_makes_nothing(here: Path, capsys: pytest.CaptureFixture) -> None:
