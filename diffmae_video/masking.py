@@ -104,7 +104,7 @@ def pixel_mask_to_grid(pixels: Tensor, tubelet: int, patch: int) -> Tensor:
     if frames % tubelet or height % patch or width % patch:
         raise ValueError(f"a mask of {frames} x {height} x {width} is no multiple of {tubelet} x {patch} x {patch}")
     cells = pixels.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)).unflatten(-5, (-1, tubelet))
-    return cells.amax((-5, -3, -1)) if cells.dtype != torch.bool else cells.any(-1).any(-2).any(-3)
+    return cells.any(-1).any(-2).any(-3)
 
 
 # --- maskers: (ratio, shape, generator) -> bool (N,), True = masked -------------------------------------------------
@@ -218,7 +218,7 @@ def parse_mask(text: str, shape: GridShape, tubelet: int = 2, patch: int = 16) -
     """Read a mask in words and return a function from seeds (B) to a Mask.
 
     `KIND` or `KIND:RATIO` for MASK_KINDS; `frames:FIRST-LAST` hides those frames (counted from 0, both included);
-    `box:TOP,LEFT,BOTTOM,RIGHT` hides a rectangle of pixels at all times (bottom and right excluded). Frames and pixels
+    `box:X,Y,WIDTH,HEIGHT` hides a rectangle of pixels at all times, as in `render-inpaint --mask`. Frames and pixels
     are rounded outwards to tokens of `tubelet` frames and `patch` x `patch` pixels.
 
     Raises:
@@ -234,21 +234,23 @@ def parse_mask(text: str, shape: GridShape, tubelet: int = 2, patch: int = 16) -
                 raise ValueError(f"frames {first} to {last} are not a part of the clip's 0 to {frames - 1}")
             pixels[first : last + 1] = True
         elif kind == "box":
-            top, left, bottom, right = (int(number) for number in value.split(","))
-            if not (0 <= top < bottom <= height and 0 <= left < right <= width):
-                raise ValueError(f"the box does not lie in {height} x {width} pixels")
-            pixels[:, top:bottom, left:right] = True
+            left, top, across, down = (int(number) for number in value.split(","))
+            if not (min(left, top) >= 0 < min(across, down) and left + across <= width and top + down <= height):
+                raise ValueError(f"the box does not lie in {width} x {height} pixels")
+            pixels[:, top : top + down, left : left + across] = True
         elif kind in MASKERS:
             ratio = float(value) if value else DEFAULT_RATIOS[kind]
             make_mask(kind, ratio, shape, [0])  # refuse now what would fail later
             return lambda seeds: make_mask(kind, ratio, shape, seeds)
         else:
             raise ValueError(f"{kind!r} is not one of {', '.join(MASK_KINDS)}, box")
+        grid = pixel_mask_to_grid(pixels, tubelet, patch).flatten()
+        if bool(grid.all()):
+            raise ValueError("it touches every token, and nothing stays visible")
     except ValueError as error:
         raise ValueError(
-            f"mask {text!r}: {error}; write KIND:RATIO, frames:FIRST-LAST or box:TOP,LEFT,BOTTOM,RIGHT"
+            f"mask {text!r}: {error}; write KIND:RATIO, frames:FIRST-LAST or box:X,Y,WIDTH,HEIGHT"
         ) from error
-    grid = pixel_mask_to_grid(pixels, tubelet, patch).flatten()
     return lambda seeds: Mask.from_grid(grid.expand(len(seeds), -1).clone(), shape)
 
 

@@ -66,11 +66,13 @@ def test_center_frames_and_future():
 def test_parse():
     grid = parse_mask("frames:3-4", (8, 1, 1))([0]).grid  # frames 3 and 4 lie in tubelets 1 and 2
     assert grid[0].tolist() == [False, True, True] + [False] * 5
-    box = parse_mask("box:15,0,17,16", (1, 3, 2))([0, 1])
+    box = parse_mask("box:0,15,16,2", (1, 3, 2))([0, 1])  # x 0 to 15, y 15 and 16, in 48 x 32 pixels
     assert box.grid.tolist() == [[True, False, True, False, False, False]] * 2
+    assert parse_mask("box:31,0,1,48", (1, 3, 2))([0]).grid.tolist() == [[False, True] * 3]
     assert torch.equal(parse_mask("tube:0.75", CLIP)([4]).grid, make_mask("tube", 0.75, CLIP, [4]).grid)
     assert int(parse_mask("center", (1, 14, 14))([0]).grid.sum()) == 49
-    for text in ("fog:0.5", "random:2", "random:x", "frames:5-40", "frames:0-15", "box:0,0,0,4", "box:1"):
+    wrong = ("fog:0.5", "random:2", "random:x", "frames:5-40", "frames:0-15", "frames:1-14")
+    for text in (*wrong, "box:0,0,0,4", "box:1", "box:220,0,5,5", "box:1,1,222,222"):
         with pytest.raises(ValueError, match="mask"):
             parse_mask(text, CLIP)
     with pytest.raises(ValueError, match="future"):

@@ -46,8 +46,10 @@ def ddpm(
     Args:
         variance: `posterior` (fixed small) or `beta` (fixed large).
     """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"variance {variance!r} is not one of posterior, beta")
     kept = schedule.respace(steps, spacing)
-    table = {"posterior": kept.posterior_variance, "beta": kept.betas}[variance]
+    table = kept.posterior_variance if variance == "posterior" else kept.betas
     x = x_T
     for step, i in enumerate(range(steps - 1, -1, -1)):
         timestep = int(kept.timesteps[i])

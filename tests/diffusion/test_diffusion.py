@@ -379,6 +379,8 @@ def test_dpm_solver_is_second_order_on_even_log_steps():
 def test_noise_needs_a_generator():
     with pytest.raises(ValueError, match="generator"):
         ddpm(linear_denoiser, start(), Schedule.make(), 3)
+    with pytest.raises(ValueError, match="posterior, beta"):
+        ddpm(linear_denoiser, start(), Schedule.make(), 3, torch.Generator(), variance="learned")
 
 
 def test_a_sample_does_not_depend_on_its_batch():
