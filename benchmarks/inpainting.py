@@ -5,6 +5,7 @@
     python benchmarks/inpainting.py time --run RUN --data SHARDS          # or --preset base --size 224 --device cuda
     python benchmarks/inpainting.py memory [--minutes 1 10]
     python benchmarks/inpainting.py stride --run RUN CLIP ...
+    python benchmarks/inpainting.py edges --run RUN CLIP ...              # colours at the edge of small holes
 
 RUN is a pre-training run (benchmarks/inpainting.toml says how one was made), SHARDS what `diffmae shard` wrote. Each
 prints a table and writes benchmarks/results/inpainting-NAME.json.
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,15 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name in ("steps", "time", "stride"):
+    for name in ("steps", "time", "stride", "edges"):
         stage = stages.add_parser(name)
         stage.add_argument("--run", type=Path)
         stage.add_argument("--data")
         stage.add_argument("--device", default="cpu")
         stage.add_argument("--steps", type=int, default=RenderSettings().steps)
     stages.choices["steps"].add_argument("--clips", type=int, default=8)
-    stages.choices["stride"].add_argument("clips", type=Path, nargs="+")
+    for name in ("stride", "edges"):
+        stages.choices[name].add_argument("clips", type=Path, nargs="+")
     window = stages.choices["time"]
     window.add_argument("--preset", default="nano")
     window.add_argument("--size", type=int, default=48)
@@ -83,7 +86,8 @@ def main() -> None:
     if options.stage == "layout":
         lay_out(options.source, options.target)
         return
-    rows = {"steps": steps, "time": window_time, "memory": memory_of_length, "stride": strides}[options.stage](options)
+    measure = {"steps": steps, "time": window_time, "memory": memory_of_length, "stride": strides, "edges": edges}
+    rows = measure[options.stage](options)
     facts = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     given = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(options).items()}
     RESULTS.mkdir(exist_ok=True)
@@ -355,6 +359,63 @@ def crossing_box(frames: list[np.ndarray]) -> Iterable[Any]:
         hidden = np.zeros((height, width), dtype=bool)
         hidden[height // 4 : height * 3 // 4, left : left + width // 4] = True
         yield Frame(number, rgb, hidden)
+
+
+# --- the edge of small holes -----------------------------------------------------------------------------------------
+
+
+def edges(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Boxes that lie across the patches, by what is done about their edges: PSNR of the hidden pixels, and the step
+    from the last visible pixel to the first painted one, beside that of the source (0 to 255)."""
+    from diffmae_video.rendering.inpaint import Frame, Inpainter
+    from diffmae_video.rendering.video import VideoSource
+
+    model = load_model(options.run).eval().to(options.device)
+    rows = []
+    for share in (0.1, 0.2, 0.4):
+        places = np.random.default_rng(0)  # the same boxes for every size of them
+        boxes = []
+        for path in options.clips:
+            source = VideoSource(path)
+            frames = [frame.rgb for frame in islice(source, 2 * model.settings.frames)]
+            source.close()
+            height, width = frames[0].shape[:2]
+            side = round(min(height, width) * share)
+            top, left = (int(places.integers(side // 2, n - side * 3 // 2)) for n in (height, width))
+            boxes.append((frames, slice(top, top + side), slice(left, left + side)))
+        for blend in (False, True):
+            for guide in (False, True):
+                errors, steps_, natural = [], [], []
+                for frames, ys, xs in boxes:
+                    hidden = np.zeros(frames[0].shape[:2], dtype=bool)
+                    hidden[ys, xs] = True
+                    settings = RenderSettings(steps=options.steps, blend=blend, guide=guide)
+                    inpainter = Inpainter(model, settings, stride=2, seed=0)
+                    for frame in inpainter.stream(Frame(n, rgb, hidden) for n, rgb in enumerate(frames)):
+                        difference = frame.result().astype(float) - frame.source
+                        errors.append(float((difference[hidden] ** 2).mean()))
+                        steps_.append(step_at(frame.result(), ys, xs))
+                        natural.append(step_at(frame.source, ys, xs))
+                rows.append(
+                    {
+                        "side of the box": f"{share:.0%}",
+                        "blend": blend,
+                        "guide": guide,
+                        "psnr_hidden": psnr_of(float(np.mean(errors))),
+                        "step at the edge": float(np.mean(steps_)),
+                        "in the source": float(np.mean(natural)),
+                        "clips": len(boxes),
+                    }
+                )
+    return rows
+
+
+def step_at(rgb: np.ndarray, ys: slice, xs: slice) -> float:
+    """Mean absolute difference across the four edges of a box."""
+    image = rgb.astype(float)
+    across = [image[y, xs] - image[y - 1, xs] for y in (ys.start, ys.stop)]
+    across += [image[ys, x] - image[ys, x - 1] for x in (xs.start, xs.stop)]
+    return float(np.mean([np.abs(one).mean() for one in across]))
 
 
 if __name__ == "__main__":

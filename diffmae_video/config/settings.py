@@ -318,6 +318,11 @@ class RenderSettings(Section):
     """Context around a small mask, as a share of its size."""
     feather: Annotated[int, Field(ge=0)] = 2
     """Pixels inside the mask over which the result fades in."""
+    blend: bool = True
+    """Spread the step at the edge of a hole smoothly over the hole, so that colours meet."""
+    guide: bool = False
+    """Let visible pixels of half-hidden patches steer every denoising step; beside `blend` it did not help
+    (docs/results.md)."""
     stride: Positive | None = None
     """Distance between the frames of a window; the model's own by default."""
     window: Literal["auto", "whole", "tiles"] = "auto"

@@ -23,7 +23,8 @@ from diffmae_video.masking import Mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask, masks_of_tensor
-from diffmae_video.rendering.windows import Window, certain, enlarge, paste, place_windows, shrink, to_cells
+from diffmae_video.rendering.paste import Hole
+from diffmae_video.rendering.windows import Window, certain, enlarge, place_windows, shrink, to_cells
 
 
 class WindowStore(Protocol):
@@ -185,6 +186,7 @@ class Inpainter:
     def _fill_clips(self, clips: list[list[Frame]], window: Window, key: str, seed: int) -> None:
         """Sample a batch of clips and paste them; every lane (sample) has its own context."""
         cells = np.stack([self._cells(clip, window) for clip in clips])  # bool (B, T/t, H/p, W/p)
+        lanes = []
         for lane in range(self.settings.samples):
             name = f"{key}-{lane}"
             outputs = self.store.load(name) if self.store else None
@@ -194,19 +196,19 @@ class Inpainter:
                     self.store.save(name, outputs)
             else:
                 self.restored += 1
-            for clip, output in zip(clips, outputs, strict=True):  # (2, T, h, w, 3): result, first step
-                done: set[int] = set()
-                for frame, result, first in zip(clip, output[0], output[1], strict=True):
-                    if frame.number in done:  # a stand-in beyond the end
-                        continue
-                    done.add(frame.number)
-                    hole = window.of(frame.open)
-                    if not hole.any():
-                        continue
-                    size = (window.height, window.width)
-                    paste(window.of(frame.filled[lane]), enlarge(result, size), hole, self.settings.feather)
-                    if lane == 0:
-                        paste(window.of(frame.first), enlarge(first, size), hole, self.settings.feather)
+            lanes.append(outputs)  # (B, 2, T, h, w, 3): result, first step
+        size = (window.height, window.width)
+        for number, clip in enumerate(clips):
+            done: set[int] = set()
+            for place, frame in enumerate(clip):
+                hidden = window.of(frame.open)
+                if frame.number in done or not hidden.any():  # a stand-in beyond the end, or nothing to do
+                    continue
+                done.add(frame.number)
+                hole = Hole(hidden, self.settings.feather, self.settings.blend)
+                for outputs, filled in zip(lanes, frame.filled, strict=True):
+                    hole.paste(window.of(filled), enlarge(outputs[number, 0, place], size))
+                hole.paste(window.of(frame.first), enlarge(lanes[0][number, 1, place], size))
 
     def _cells(self, clip: list[Frame], window: Window) -> np.ndarray:
         per_frame = np.stack([to_cells(window.of(frame.open), self.grid[1:]) for frame in clip])  # (T, H/p, W/p)
@@ -221,7 +223,7 @@ class Inpainter:
         ]
         inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)
-        known = self._known(clips, window, cells)
+        known = self._known(clips, window, cells) if settings.guide else None
         watcher = _Watcher(self._to_pixels, self.callback if self.windows == 0 else None)
         self.callback = None  # it has seen, or missed, the first clips
         bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")

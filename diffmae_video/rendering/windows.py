@@ -168,28 +168,3 @@ def to_cells(hidden: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
     column_starts = np.minimum(columns[:-1], hidden.shape[1] - 1)
     touched = np.logical_or.reduceat(hidden, row_starts, axis=0)
     return np.logical_or.reduceat(touched, column_starts, axis=1)
-
-
-def paste(target: np.ndarray, filled: np.ndarray, hidden: np.ndarray, feather: int) -> None:
-    """Put the model's pixels where the mask is, in place; no pixel outside changes.
-
-    Over the outermost `feather` pixels inside the mask the colour of the nearest pixel outside fades into the result.
-
-    Args:
-        target: uint8 (H, W, 3), the window of the frame.
-        filled: uint8 (H, W, 3), the model's result at the same size.
-        hidden: bool (H, W).
-        feather: pixels; 0 for a hard edge.
-    """
-    if feather == 0 or hidden.all():
-        target[hidden] = filled[hidden]
-        return
-    distance, labels = cv2.distanceTransformWithLabels(
-        hidden.view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    outside = np.flatnonzero(~hidden)
-    nearest = np.zeros(labels.max() + 1, dtype=np.int64)
-    nearest[labels.ravel()[outside]] = outside
-    edge = target.reshape(-1, target.shape[-1])[nearest[labels[hidden]]].astype(np.float32)
-    share = np.minimum(distance[hidden] / (feather + 1), 1.0)[:, None]
-    target[hidden] = (share * filled[hidden] + (1 - share) * edge + 0.5).astype(np.uint8)

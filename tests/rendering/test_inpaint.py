@@ -171,7 +171,7 @@ def test_visible_pixels_inside_a_masked_patch_guide_the_result(model: DiffMAE) -
     hidden[:, 5:7, 5:7] = True  # inside the patch of rows and columns 4 to 7
     clip, other = video(4, 16, 16), video(4, 16, 16)
     other[:, :, 4, 4:8] = 255 - other[:, :, 4, 4:8]
-    settings = RenderSettings(steps=4, feather=0)
+    settings = RenderSettings(steps=4, feather=0, guide=True, blend=False)
     results = [inpaint(model, one, hidden, settings=settings) for one in (clip, other)]
     where = hidden.unsqueeze(1).expand_as(clip)
     assert not torch.equal(results[0][where], results[1][where])
@@ -198,7 +198,7 @@ def test_the_callback_sees_noise_become_the_sample(model: DiffMAE) -> None:
     seen: list[tuple[int, np.ndarray, np.ndarray]] = []
     clip, mask = video(12, 16, 16), torch.zeros(12, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 4:12] = True
-    settings = RenderSettings(steps=20, feather=0, samples=2)
+    settings = RenderSettings(steps=20, feather=0, blend=False, samples=2)
     inpainter = Inpainter(model, settings, callback=lambda *state: seen.append(state))
     frames = list(inpainter.stream(frames_of(clip, mask)))
     assert [step for step, _, _ in seen] == list(range(20))  # of one window and one sample only

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmae_video.rendering.windows import Window, certain, enlarge, paste, place_windows, shrink, to_cells
+from diffmae_video.rendering.windows import Window, certain, enlarge, place_windows, shrink, to_cells
 
 RNG = np.random.default_rng(0)
 
@@ -97,24 +97,6 @@ def test_to_cells_rounds_outwards() -> None:
     assert cells[0, 1]
     hidden[9:11, 10:21] = True
     assert to_cells(hidden, (5, 9)).sum() == 4  # two rows, two columns
-
-
-@pytest.mark.parametrize("feather", [0, 2, 5])
-def test_paste_changes_nothing_outside_and_reads_nothing_inside(feather: int) -> None:
-    source = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    filled = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    hidden = np.zeros((40, 60), dtype=bool)
-    hidden[10:30, 15:45] = True
-    other = source.copy()
-    other[hidden] = 0
-    results = []
-    for start in (source, other):
-        target = start.copy()
-        paste(target, filled, hidden, feather)
-        np.testing.assert_array_equal(target[~hidden], source[~hidden])
-        results.append(target)
-    np.testing.assert_array_equal(*results)
-    np.testing.assert_array_equal(results[0][20, 30], filled[20, 30])  # deep inside
 
 
 def test_enlarge_of_the_same_size_is_the_same() -> None:
