@@ -1,4 +1,4 @@
-"""Weights of other projects: read without running anything in them, renamed, checked tensor by tensor.
+"""Weights of other projects: recognised by their names, renamed, checked tensor by tensor.
 
 Known: facebookresearch/mae and mae_st (split or fused qkv, joint or separate positions, PySlowFast containers),
 VideoMAE and VideoMAEv2, timm ViTs, Hugging Face ViTMAE and VideoMAE (key names of transformers 4 and 5). Each dialect
@@ -7,31 +7,29 @@ is renamed to the names of mae (`blocks.0.attn.qkv.weight`, `decoder_blocks.0...
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffmae_video.config import ModelSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
-from diffmae_video.models.weights import tensor_problems
+from diffmae_video.models.tensors import Tensors, read_tensors, tensor_problems
+from diffmae_video.models.weights import DESCRIPTION, WEIGHTS, load_model
 
 SOURCES = ("auto", "mae", "mae_st", "videomae", "timm", "hf-vitmae", "hf-videomae")
-Tensors = dict[str, Tensor]
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # published ViTs, by width
 
-RENAMES: tuple[tuple[str, str], ...] = (
+RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^(module\.|model\.|backbone\.|vit\.|videomae\.)+", ""),
     (r"^embeddings\.(cls_token)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -58,42 +56,6 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^pred_head\.transforms\.0\.(\d+)\.(weight|bias)$", r"decoder_norm.\2"),
     (r"^pred_head\.transforms\.0\.", "decoder_blocks."),
 )
-
-
-def read_tensors(path: Path | str) -> Tensors:
-    """Tensors of a .safetensors file or a PyTorch file, read so that no code in it can run.
-
-    Raises:
-        UsageError: there is no such file.
-        DataError: the file holds more than tensors and plain values, or is damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-        if not found:
-            raise UsageError(f"{path} holds neither model.safetensors nor pytorch_model.bin: name the weights' file.")
-        path = found[0]
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; give the weights you downloaded.")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{path} is not a safetensors file ({error}); download it again.") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # mae keeps its command line; it holds no code
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises what the bytes make it raise
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(
-            f"{path} was refused: it holds more than tensors, or is damaged ({reason}); ask its author for safetensors."
-        ) from error
-    for container in ("model", "model_state", "module", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise DataError(f"{path} holds no table of tensors; give a checkpoint of a model.")
-    return content
 
 
 def detect_source(tensors: Tensors) -> str:
@@ -406,8 +368,6 @@ def build(settings: ModelSettings, converted: Tensors, source: str) -> DiffMAE |
 
 def load_pretrained(path: Path | str, source: str = "auto", **options: Any) -> nn.Module:
     """Any weights: our own folder (`model.json` is in it), or another project's file through `import_weights`."""
-    from diffmae_video.models.weights import DESCRIPTION, load_model
-
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    own = (folder / DESCRIPTION).is_file() and (Path(path).is_dir() or Path(path).name == "weights.safetensors")
+    own = (folder / DESCRIPTION).is_file() and (Path(path).is_dir() or Path(path).name == WEIGHTS)
     return load_model(path) if own else import_weights(source, path, **options)

@@ -22,6 +22,7 @@ from diffmae_video.models.decoder import Decoder
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.layers import seeded
 from diffmae_video.models.patches import PIXEL_NORMS, gather_tokens
+from diffmae_video.models.tensors import read_tensors, tensor_problems
 
 if TYPE_CHECKING:
     from diffmae_video.models.diffmae import Encoding
@@ -144,9 +145,6 @@ def _load(network: nn.Module, checkpoint: str | None, prefix: str = "") -> None:
     """Fill the network from a file, or from the part of it under `prefix` where it holds a larger model."""
     if checkpoint is None:
         return
-    from diffmae_video.models.importers import read_tensors
-    from diffmae_video.models.weights import tensor_problems
-
     tensors = read_tensors(checkpoint)
     if prefix and any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -16,6 +16,7 @@ from diffmae_video.files import write_atomic
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.tensors import tensor_problems
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -101,20 +102,6 @@ def build_model(description: dict[str, Any]) -> DiffMAE | Classifier:
         raise ValueError(f"kind {description['kind']!r} is not one of diffmae, classifier")
     model.info = dict(description.get("info", {}))
     return model
-
-
-def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """What keeps tensors from fitting a module: one line each for the missing, the unexpected and the misshapen."""
-    own = model.state_dict()
-    return [
-        *(f"missing {name} {(*own[name].shape,)}" for name in own if name not in tensors),
-        *(f"unexpected {name} {(*tensors[name].shape,)}" for name in tensors if name not in own),
-        *(
-            f"misshapen {name} {(*tensors[name].shape,)} instead of {(*own[name].shape,)}"
-            for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
-        ),
-    ]
 
 
 def check_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from diffmae_video.config import ModelSettings
 from diffmae_video.models.importers import build, detect_source, translate
-from diffmae_video.models.weights import tensor_problems
+from diffmae_video.models.tensors import tensor_problems
 
 DATA = Path(os.environ.get("DIFFMAE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 FILES = sorted((DATA.parent / "keys").glob("*.txt"))
