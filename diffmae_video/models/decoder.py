@@ -6,12 +6,14 @@ P = t * p * p * C values of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmae_video.config import ModelSettings
+from diffmae_video.models.fused import Linear, Mlp
 from diffmae_video.models.layers import (
     CrossAttention,
     GridShape,
@@ -72,19 +74,22 @@ class DecoderBlock(nn.Module):
         """x (B, L, E) with context (B, K, D) and condition (B, E) -> (B, L, E), or the `last` tokens of it."""
         parts = iter(self.modulation(condition)[:, None].chunk(self.parts, 2) if self.modulation else [None] * 3)
         if self.cross_attn is not None:
-            context = self.context_norm(context)
-            x = _residual(x, self.norm0, lambda y: self.cross_attn(y, context, context_valid), next(parts))
+
+            def cross(y: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+                return self.cross_attn(y, context, norm, self.context_norm, context_valid)
+
+            x = _residual(x, self.norm0, cross, next(parts))
         if self.attn is not None:
-            x = _residual(x, self.norm1, lambda y: self.attn(y, valid, last), next(parts))
+            x = _residual(x, self.norm1, lambda y, norm: self.attn(y, norm, valid, last), next(parts))
         return _residual(x, self.norm2, self.mlp, next(parts))
 
 
-def _residual(x: Tensor, norm: nn.Module, part: nn.Module, modulation: Tensor | None) -> Tensor:
+def _residual(x: Tensor, norm: nn.LayerNorm, part: Callable[..., Tensor], modulation: Tensor | None) -> Tensor:
     if modulation is None:
-        y = part(norm(x))
+        y = part(x, norm)
     else:
         shift, scale, gate = modulation.chunk(3, 2)  # (B, 1, E) each
-        y = gate * part(norm(x) * (1 + scale) + shift)
+        y = gate * part(norm(x) * (1 + scale) + shift, None)
     return x[:, x.shape[1] - y.shape[1] :] + y  # a part may return the last tokens alone
 
 
@@ -115,11 +120,11 @@ class Decoder(nn.Module):
         width = model.decoder_width
         self.kind, self.timestep = model.decoder, timestep
         self.links = link_blocks(model.links, encoder_depth, model.decoder_depth)
-        self.noisy_embed = None if inputs is None else nn.Linear(inputs, width)
+        self.noisy_embed = None if inputs is None else Linear(inputs, width)
         # among visible tokens a learned vector marks the masked ones; alone, it would be one more bias (D8)
         marked = inputs is None or model.decoder == "joint"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if marked else None
-        self.latent_embed = nn.Linear(encoder_width, width) if model.decoder == "joint" else None
+        self.latent_embed = Linear(encoder_width, width) if model.decoder == "joint" else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
         self.positions = Positions(model.positions, shape, width, model.position_period)
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
@@ -127,7 +132,7 @@ class Decoder(nn.Module):
             DecoderBlock(model, encoder_width, timestep == "adaln") for _ in range(model.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=model.decoder_norm_eps or model.layer_norm_eps)
-        self.head = nn.Linear(width, outputs)
+        self.head = Linear(width, outputs)
         self.grad_checkpointing = False
         self.apply(initialize)
         if self.noisy_embed is not None:  # noise must not drown the positions, by which masked tokens find visible ones
@@ -193,7 +198,7 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, context, valid, visible_valid, condition, last, use_reentrant=False)
             else:
                 x = block(x, context, valid, visible_valid, condition, last)
-        return self.head(self.norm(x))  #                                  (B, M, outputs)
+        return self.head(x, self.norm)  #                                  (B, M, outputs)
 
 
 def _join(visible_valid: Tensor | None, valid: Tensor | None, seen: Tensor, masked: int) -> Tensor | None:

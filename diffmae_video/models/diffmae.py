@@ -7,7 +7,7 @@ predicted in a training step), D encoder width, E decoder width, P = t * p * p *
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +174,8 @@ class DiffMAE(nn.Module):
             signal = self.signal[draw.timestep].view(-1, 1, 1)
             sigma = self.sigma[draw.timestep].view(-1, 1, 1)
             noisy = (signal * clean).addcmul_(sigma, draw.noise)  #           (B, K, P)
+            if torch.is_autocast_enabled(noisy.device.type):  # as its only reader would: half of it then lives on
+                noisy = noisy.to(torch.get_autocast_dtype(noisy.device.type))
         if self.settings.target == "noise":
             target = draw.noise
         elif self.settings.target == "velocity":
@@ -181,6 +183,7 @@ class DiffMAE(nn.Module):
         else:
             target = clean
         encoding = self._encode_patches(patches, mask, noisy)
+        del patches  # before the decoder, where a step holds most
         prediction = self._decode(noisy, draw.timestep, encoding, index, valid)
         per_sample = _masked_mean(_SquaredError.apply(prediction, target), valid)  # (B,)
         if self.feature_decoder is not None:
@@ -403,21 +406,39 @@ class DiffMAE(nn.Module):
 class _SquaredError(torch.autograd.Function):
     """Mean squared error (B, K) of predictions and targets (B, K, P), in at least float32.
 
-    One pass over the patches makes the error, one its norm, one the gradient: `mse_loss` of casted inputs takes twice
-    as many, and patches are the largest tensors of a step.
+    Patches are the largest tensors of a step. Here one pass makes the error and its norm, one the error again and the
+    gradient, and on CPUs both go through the tokens in pieces that stay in the cache: no error of all patches is held.
     """
+
+    PIECE = 256  # tokens: 1.5 MiB of errors for patches of 2 x 16 x 16
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
-        error = prediction - target.to(torch.promote_types(target.dtype, torch.float32))
-        ctx.save_for_backward(error)
-        ctx.dtype = prediction.dtype
-        return torch.linalg.vector_norm(error, dim=2).square() / error.shape[2]
+        ctx.save_for_backward(prediction, target)
+        norms = [torch.linalg.vector_norm(error, dim=1) for error in _SquaredError.errors(prediction, target)]
+        return torch.cat(norms).view(prediction.shape[:2]).square() / prediction.shape[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (error,) = ctx.saved_tensors
-        return (error * (grad * (2 / error.shape[2])).unsqueeze(2)).to(ctx.dtype), None
+        prediction, target = ctx.saved_tensors
+        scales = (grad * (2 / prediction.shape[2])).view(-1, 1).split(_SquaredError.piece(prediction))
+        errors = _SquaredError.errors(prediction, target)
+        pieces = [(error * scale).to(prediction.dtype) for error, scale in zip(errors, scales, strict=True)]
+        return torch.cat(pieces).view_as(prediction), None
+
+    @staticmethod
+    def errors(prediction: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """prediction - target of some tokens (k, P) after the other."""
+        wide = torch.promote_types(target.dtype, torch.float32)
+        piece = _SquaredError.piece(prediction)
+        for ours, true in zip(prediction.flatten(0, 1).split(piece), target.flatten(0, 1).split(piece), strict=True):
+            yield ours - true.to(wide)
+
+    @staticmethod
+    def piece(prediction: Tensor) -> int:
+        """How many tokens at a time."""
+        cached = prediction.device.type == "cpu" and not torch.compiler.is_compiling()
+        return _SquaredError.PIECE if cached else prediction.shape[0] * prediction.shape[1]
 
 
 def _masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from diffmae_video.models.attention import attend
+from diffmae_video.models.fused import Linear, Mlp
 
 GridShape = tuple[int, int, int]
 
@@ -44,14 +45,17 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, last: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm | None = None, valid: Tensor | None = None, last: int | None = None
+    ) -> Tensor:
         """Attend among x (B, L, D).
 
         Args:
             x: tokens.
+            norm: of the tokens, before anything else.
             valid: bool (B, L), False on tokens that are not attended to.
             last: how many of the last tokens ask; all by default.
 
@@ -59,9 +63,9 @@ class SelfAttention(nn.Module):
             (B, L or last, D).
         """
         if last is None:
-            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
+            q, k, v = self.qkv(x, norm).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
         else:
-            width = x.shape[2]
+            x, width = x if norm is None else norm(x), x.shape[2]
             bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((width, 2 * width))
             weight = self.qkv.weight.split((width, 2 * width))
             q = F.linear(x[:, -last:], weight[0], bias[0]).unflatten(2, (self.heads, -1))
@@ -75,14 +79,21 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width, bias=qkv_bias)
-        self.kv = nn.Linear(context_width, 2 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width, bias=qkv_bias)
+        self.kv = Linear(context_width, 2 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (B, L, D) attends to context (B, K, context width), where valid (B, K)."""
-        q = self.q(x).unflatten(2, (self.heads, -1))  #                       (B, L, heads, D/heads)
-        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, K, heads, D/heads) each
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        norm: nn.LayerNorm | None = None,
+        context_norm: nn.LayerNorm | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, L, D) attends to context (B, K, context width), where valid (B, K); both normed first."""
+        q = self.q(x, norm).unflatten(2, (self.heads, -1))  #                 (B, L, heads, D/heads)
+        k, v = self.kv(context, context_norm).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, K, heads, D/heads) each
         return self.proj(attend(q, k, v, valid))  #                           (B, L, D)
 
 
@@ -107,8 +118,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), valid))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(x, self.norm1, valid))
+        return x + self.drop_path(self.mlp(x, self.norm2))
 
 
 # --- positions ------------------------------------------------------------------------------------------------------

@@ -343,7 +343,10 @@ def test_training_step_has_no_graph_break(decoder, precision):
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=1e-4 if precision == torch.float32 else 0.05)
+        if precision == torch.float32:
+            torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=1e-4)
+        else:  # they round at different places
+            assert (compiled - eager).norm() < 0.02 * eager.norm() + 1e-5
 
 
 def test_schedule_of_the_settings():
