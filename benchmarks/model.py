@@ -1,12 +1,14 @@
 """Speed and memory of pre-training and sampling, beside transformers' VideoMAEForPreTraining, in one run.
 
     python benchmarks/model.py train --sizes small base --out benchmarks/results/model-train.json
+    python benchmarks/model.py train --sizes base --types bfloat16 --compile --out benchmarks/results/model-compiled.json
     python benchmarks/model.py memory --sizes small base --out benchmarks/results/model-memory.json
     python benchmarks/model.py sample --out benchmarks/results/model-sample.json
 
 Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
 each turn is followed by a matrix product of the same type (2048^3), so that "of peak" compares like with like on a busy
-machine. Peak memory comes from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder
+machine. `--compile` adds every arm once more under torch.compile; the time of compiling is kept apart. Peak memory comes
+from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder
 run again, and whole chains, in CPU time: give it one thread.
 """
 
@@ -52,7 +54,7 @@ def settings(size: str, arm: str) -> ModelSettings:
     return ModelSettings(preset=size, decoder="cross", loss_tokens=0.5)
 
 
-def make_step(size: str, arm: str, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: bool = False) -> Callable[[], None]:
     """A function that does one forward and backward on fixed random clips."""
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(batch, 3, 16, 224, 224, generator=generator)
@@ -75,12 +77,16 @@ def make_step(size: str, arm: str, batch: int, dtype: torch.dtype) -> Callable[[
         )
         peer, theirs = VideoMAEForPreTraining(config).train(), clips.transpose(1, 2).contiguous()
         parameters = list(peer.parameters())
+        if compiled:
+            peer.compile()
 
         def loss() -> torch.Tensor:
             return peer(theirs, bool_masked_pos=mask.grid).loss
     else:
         model = DiffMAE(settings(size, arm)).train()
         parameters = list(model.parameters())
+        if compiled:
+            model.compile()
 
         def loss() -> torch.Tensor:  # drawing noise is part of our step
             return model(clips, mask, model.draw(range(batch), mask)).loss
@@ -116,40 +122,49 @@ def flops(size: str, arm: str, batch: int) -> float:
     return counter.get_total_flops()
 
 
-def train(sizes: list[str], types: list[str], batch: int, rounds: int) -> list[dict[str, Any]]:
+def train(
+    sizes: list[str], types: list[str], batch: int, rounds: int, arms: list[str], compiled: bool
+) -> list[dict[str, Any]]:
     """Interleaved timings of all arms."""
     rows = []
     for size in sizes:
-        work = {arm: flops(size, arm, batch) for arm in ARMS}
+        work = {arm: flops(size, arm, batch) for arm in arms}
         for name in types:
             dtype = getattr(torch, name)
-            steps = {arm: make_step(size, arm, batch, dtype) for arm in ARMS}
-            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            peaks: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            for step in steps.values():
+            steps, first = {}, {}
+            for arm, compile_it in itertools.product(arms, (False, True) if compiled else (False,)):
+                step = steps[arm, compile_it] = make_step(size, arm, batch, dtype, compile_it)
+                begin = time.perf_counter()
                 step()
+                first[arm, compile_it] = time.perf_counter() - begin
+            seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
+            peaks: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
             for _ in range(rounds):
-                for arm, step in steps.items():
+                for key, step in steps.items():
                     begin = time.perf_counter()
                     step()
-                    seconds[arm].append(time.perf_counter() - begin)
-                    peaks[arm].append(probe(dtype))
-            peer = statistics.median(seconds[ARMS[0]])
-            for arm in ARMS:
-                median = statistics.median(seconds[arm])
-                rows.append(
-                    {
-                        "size": size,
-                        "type": name,
-                        "arm": arm,
-                        "clips_per_second": round(batch / median, 3),
-                        "against_transformers": round(peer / median, 3),
-                        "gflop": round(work[arm] / 1e9, 1),
-                        "of_matmul_peak": round(work[arm] / 1e9 / median / statistics.median(peaks[arm]), 3),
-                        "bound_against_transformers": round(peer * statistics.median(peaks[arm]) * 1e9 / work[arm], 2),
-                        "seconds": [round(value, 3) for value in seconds[arm]],
-                    }
-                )
+                    seconds[key].append(time.perf_counter() - begin)
+                    peaks[key].append(probe(dtype))
+            medians = {key: statistics.median(values) for key, values in seconds.items()}
+            for key, median in medians.items():
+                arm, compile_it = key
+                peer, peak = medians[ARMS[0], False], statistics.median(peaks[key])
+                row = {
+                    "size": size,
+                    "type": name,
+                    "arm": arm,
+                    "compiled": compile_it,
+                    "clips_per_second": round(batch / median, 3),
+                    "against_transformers": round(peer / median, 3),
+                    "gflop": round(work[arm] / 1e9, 1),
+                    "of_matmul_peak": round(work[arm] / 1e9 / median / peak, 3),
+                    "bound_against_transformers": round(peer * peak * 1e9 / work[arm], 2),
+                    "seconds": [round(value, 3) for value in seconds[key]],
+                }
+                if compile_it:
+                    row["against_transformers_compiled"] = round(medians[ARMS[0], True] / median, 3)
+                    row["seconds_of_first_step"] = round(first[key], 1)
+                rows.append(row)
                 print(rows[-1], flush=True)
             del steps
     return rows
@@ -215,6 +230,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--size", default="small", choices=list(PRESETS), help="of `peak` and `sample`")
     parser.add_argument("--arm", choices=ARMS, help="of `peak`: the memory of this process after two steps")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="of `train`, with the first")
+    parser.add_argument("--compile", action="store_true", help="of `train`: each arm under torch.compile as well")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pixels", type=int, default=112, help="of `sample`")
@@ -230,7 +247,8 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         return
     if arguments.what == "train":
-        rows = train(arguments.sizes, arguments.types, arguments.batch, arguments.rounds)
+        arms = [arm for arm in ARMS if arm in arguments.arms or arm == ARMS[0]]
+        rows = train(arguments.sizes, arguments.types, arguments.batch, arguments.rounds, arms, arguments.compile)
     elif arguments.what == "memory":
         rows = memory(arguments.sizes, arguments.types, arguments.batch)
     else:
