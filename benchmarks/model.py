@@ -1,15 +1,15 @@
 """Speed and memory of pre-training and sampling, beside transformers' VideoMAEForPreTraining, in one run.
 
     python benchmarks/model.py train --sizes small base --out benchmarks/results/model-train.json
-    python benchmarks/model.py train --sizes base --types bfloat16 --compile --out benchmarks/results/model-compiled.json
+    python benchmarks/model.py train --sizes base --types bfloat16 --compile --out model-compiled.json
     python benchmarks/model.py memory --sizes small base --out benchmarks/results/model-memory.json
     python benchmarks/model.py sample --out benchmarks/results/model-sample.json
 
 Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
 each turn is followed by a matrix product of the same type (2048^3), so that "of peak" compares like with like on a busy
-machine. `--compile` adds every arm once more under torch.compile; the time of compiling is kept apart. Peak memory comes
-from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder
-run again, and whole chains, in CPU time: give it one thread.
+machine. `--compile` adds every arm once more under torch.compile; the time of compiling is kept apart. Peak memory
+comes from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder run again, and whole
+chains, in CPU time: give it one thread.
 """
 
 from __future__ import annotations
