@@ -30,8 +30,9 @@ class AttentivePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, D)."""
-        q = self.query.expand(len(x), -1, -1).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1, D/heads)
-        k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).transpose(1, 3).unbind(2)  #        (B, heads, N, D/heads)
+        # not len(x): torch.export would fix the batch
+        q = self.query.expand(x.shape[0], -1, -1).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1, d)
+        k, v = self.kv(x).unflatten(2, (2, self.heads, -1)).transpose(1, 3).unbind(2)  #           (B, heads, N, d)
         pooled = F.scaled_dot_product_attention(q.to(k.dtype), k, v)
         return self.proj(pooled.transpose(1, 2).flatten(2))[:, 0]
 

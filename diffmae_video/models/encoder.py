@@ -132,7 +132,7 @@ class Encoder(nn.Module):
             positions = gather_tokens(positions, index)  #           (B, V, D)
         x = self.patch_embed(patches) + positions  #                 (B, V, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
             valid = None if valid is None else F.pad(valid, (1, 0), value=True)
         features: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):

@@ -196,10 +196,14 @@ def test_onnx_agrees(tmp_path):
         np.testing.assert_allclose(out, expected.detach().numpy(), atol=2e-5, rtol=1e-4)
 
 
-def test_torch_export():
-    classifier, clips = shaken(Classifier(Encoder(ModelSettings(**VIDEO)), 4)), torch.randn(2, 3, 8, 32, 32)
-    program = torch.export.export(classifier, (clips,))
-    torch.testing.assert_close(program.module()(clips), classifier(clips))
+@pytest.mark.parametrize(("pool", "positions"), [("mean", "sincos"), ("class", "learned"), ("attentive", "flat")])
+def test_torch_export_in_any_batch(pool, positions):
+    encoder = Encoder(ModelSettings(**VIDEO, positions=positions, class_token=pool == "class"))
+    clips, batch = torch.randn(3, 3, 8, 32, 32), {0: torch.export.Dim("batch", min=1)}
+    for network in (shaken(encoder), shaken(Classifier(encoder, 4, pool=pool))):
+        program = torch.export.export(network, (clips[:2],), dynamic_shapes=(batch,))
+        for count in (3, 1):
+            torch.testing.assert_close(program.module()(clips[:count]), network(clips[:count]), atol=1e-5, rtol=1e-5)
 
 
 def test_commands(tmp_path, monkeypatch, capsys):

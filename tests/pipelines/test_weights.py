@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from diffmae_video.cli.app import run
 from diffmae_video.config import ModelSettings
@@ -49,3 +50,31 @@ def test_nothing_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     assert run(["export"]) == 2
     assert "diffmae pretrain" in capsys.readouterr().err
+
+
+def test_import_lists_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 4, "num_classes": 2}
+    tensors = timm.create_model("vit_tiny_patch16_224", **sizes).state_dict()
+    del tensors["head.bias"]
+    save_file(tensors | {"extra": tensors["norm.bias"].clone()}, "vit.safetensors")
+    words = ["import", "timm", "vit.safetensors", "--heads", "4"]
+    assert run(words) == 3
+    error = capsys.readouterr().err
+    for part in ("missing head.bias (2,)", "unexpected extra (48,)", "--allow-partial"):
+        assert part in error
+    assert error.count("\n") == 1
+    assert not Path("vit-imported").exists()
+    assert run([*words, "--allow-partial"]) == 0
+    assert "  missing head.bias (2,)\n" in capsys.readouterr().out
+    model = load_model("vit-imported")
+    assert len(model.info["problems"]) == 2
+    assert model.encoder.heads == 4
+    assert run(["export", "--checkpoint", "vit-imported", "--format", "timm"]) == 0
+    assert (
+        "| Not imported | missing head.bias (2,); unexpected extra (48,) |" in Path("export-timm/README.md").read_text()
+    )
