@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.importers import import_weights
+from diffmae_video.models.patches import patchify
 
 
 def block(prefix: str, width: int, split: bool) -> dict[str, tuple[int, ...]]:
@@ -184,6 +185,10 @@ def test_inflation(tmp_path, how):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():  # an image fills one tubelet by repetition: either way its tokens are the 2-D model's
         torch.testing.assert_close(ours(images[:, :, None]), peer(images), atol=1e-5, rtol=1e-5)
+        clip = torch.randn(1, 3, 2, 32, 32)  # of a moving tubelet, `central` sees the later frame, `mean` both alike
+        seen = clip[:, :, 1] if how == "central" else clip.mean(2)
+        tokens = ours.encoder.patch_embed(patchify(clip, 2, 8))
+        torch.testing.assert_close(tokens, peer.patch_embed(seen), atol=1e-5, rtol=1e-5)
 
 
 def test_missing_unexpected_misshapen_are_listed(tmp_path):

@@ -83,6 +83,10 @@ def test_hugging_face_vitmae(tmp_path):
         theirs = peer(images, noise=noise)
         mask = Mask.from_grid(theirs.mask.bool(), (1, 4, 4))
         out = ours(images[:, :, None], mask, ours.draw([0, 1], mask))
+        tokens, encoded = ours.encode(images[:, :, None], mask).latents, peer.vit(images, noise=noise).last_hidden_state
+    order = noise.argsort(1)[:, :4].argsort(1)[..., None].expand(-1, -1, 48)  # theirs stand in the order of the noise
+    torch.testing.assert_close(tokens[:, :1], encoded[:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens[:, 1:], encoded[:, 1:].gather(1, order), atol=1e-5, rtol=1e-5)
     expected = theirs.logits[theirs.mask.bool()].view(2, mask.masked.shape[1], -1)
     torch.testing.assert_close(out.prediction, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.loss, theirs.loss, atol=1e-5, rtol=1e-5)
@@ -122,6 +126,8 @@ def test_hugging_face_videomae_classifier(tmp_path):
     clips = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(clips.transpose(1, 2)), peer(clips).logits, atol=1e-5, rtol=1e-5)
+        tokens = peer.videomae(clips).last_hidden_state  # before the norm, which acts behind the pooling
+        torch.testing.assert_close(ours.forward_features(clips.transpose(1, 2)), tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_norm_pixel_is_maes():
