@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffmae_video.masking import Mask, make_mask, parse_mask
     from diffmae_video.models.classifier import Classifier
     from diffmae_video.models.diffmae import DiffMAE
+    from diffmae_video.models.importers import load_pretrained
     from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
     from diffmae_video.models.weights import load_model, save_model
     from diffmae_video.rendering.inpaint import inpaint
@@ -24,6 +25,7 @@ _MODULES = {
     "masking": ("Mask", "make_mask", "parse_mask"),
     "models.classifier": ("Classifier",),
     "models.diffmae": ("DiffMAE",),
+    "models.importers": ("load_pretrained",),
     "models.patches": ("denormalize_pixels", "normalize_pixels"),
     "models.weights": ("load_model", "save_model"),
     "rendering.inpaint": ("inpaint",),
@@ -39,6 +41,7 @@ __all__ = [
     "denormalize_pixels",
     "inpaint",
     "load_model",
+    "load_pretrained",
     "load_settings",
     "make_mask",
     "normalize_pixels",

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 
+from diffmae_video import load_pretrained
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import make_mask
@@ -22,7 +23,7 @@ from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.exporters import export_model
-from diffmae_video.models.importers import import_weights, load_pretrained
+from diffmae_video.models.importers import import_weights
 from diffmae_video.models.weights import load_model, save_model
 
 SMALL = {"preset": "nano", "width": 48, "depth": 2, "heads": 4, "size": (32, 32), "patch": 8}
