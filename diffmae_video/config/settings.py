@@ -23,7 +23,7 @@ class TeacherSettings(Section):
     source: Literal["timm", "open_clip", "local"] = "timm"
     """Where the teacher comes from."""
     name: str = "vit_base_patch16_clip_224.openai"
-    """timm or open_clip model name, or, for `local`, `package.module:callable` that returns the module."""
+    """timm's name, open_clip's `NAME:TAG`, or, for `local`, `package.module:callable` that returns the module."""
     checkpoint: str | None = None
     """Local weights; without it the library's own pretrained weights are loaded."""
     weight: Annotated[float, Field(ge=0)] = 1.0
