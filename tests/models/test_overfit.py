@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from diffmae_video.config import ModelSettings
 from diffmae_video.data.decode import read_clips
@@ -35,6 +36,14 @@ def eight_clips(folder) -> torch.Tensor:
     return torch.stack(clips)
 
 
+def picture(pixels: torch.Tensor, hidden: torch.Tensor, painted: torch.Tensor) -> Image.Image:
+    """A row for each clip: its frames, what the encoder saw of them, and how they came back; four times enlarged."""
+    columns = [pixels, pixels.masked_fill(hidden, 127), painted]  # uint8 (B, T, C, H, W) each
+    sheet = torch.cat([part for clip in columns for part in clip.unbind(1)], 3)  # (B, C, H, 3 * T * W)
+    sheet = torch.cat(sheet.unbind(0), 1).permute(1, 2, 0)  # (B * H, 3 * T * W, C)
+    return Image.fromarray(sheet.numpy()).resize((4 * sheet.shape[1], 4 * sheet.shape[0]), Image.Resampling.NEAREST)
+
+
 @pytest.mark.slow
 def test_eight_real_clips_come_back_above_30_db(shared_data, tmp_path):
     pixels = eight_clips(shared_data)
@@ -60,6 +69,6 @@ def test_eight_real_clips_come_back_above_30_db(shared_data, tmp_path):
     assert torch.equal(painted[~hidden], pixels[~hidden])
     error = (painted[hidden].float() - pixels[hidden].float()).square().mean()
     ratio = float(20 * torch.log10(255 / error.sqrt()))
-    torch.save((pixels, hidden, painted), tmp_path / "clips.pt")
-    print(f"masked PSNR {ratio:.2f} dB, loss {float(loss.detach()):.5f}")
+    picture(pixels, hidden, painted).save(tmp_path / "clips.png")
+    print(f"masked PSNR {ratio:.2f} dB, loss {float(loss.detach()):.5f}, {tmp_path / 'clips.png'}")
     assert ratio > 30

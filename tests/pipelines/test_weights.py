@@ -9,10 +9,13 @@ import pytest
 from safetensors.torch import save_file
 
 from diffmae_video.cli.app import run
+from diffmae_video.cli.weights import Format, Source
 from diffmae_video.config import ModelSettings
 from diffmae_video.data.shards import sha256_of
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.exporters import FORMATS
+from diffmae_video.models.importers import SOURCES
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -44,6 +47,11 @@ def test_export_knows_the_evaluations_of_its_weights(
     assert card.count("views 5x3") == 1  # the other's 75 % are of other weights
     assert "license: cc0-1.0" in card
     assert load_model("export-safetensors").info["evaluations"][0]["views"]["5x3"]["top1"] == 0.25
+
+
+def test_the_command_line_offers_what_the_library_knows() -> None:
+    assert tuple(source.value for source in Source) == SOURCES
+    assert tuple(form.value for form in Format) == FORMATS
 
 
 def test_nothing_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
