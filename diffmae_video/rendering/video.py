@@ -356,6 +356,7 @@ class GifWriter:
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - open as long as the writer
         self.waiting: tuple[np.ndarray, int] | None = None
         self.frames = 0
+        self.shown = 0  # hundredths of a second that the frames so far take
 
     def write(self, rgb: np.ndarray, pts: int) -> None:
         """Add a frame uint8 (H, W, 3) that is shown at `pts` units of the time base."""
@@ -368,14 +369,15 @@ class GifWriter:
         from PIL import Image
         from PIL.GifImagePlugin import getdata, getheader
 
-        rgb, start = self.waiting
-        # each frame ends at its rounded time, so that rounding does not add up
-        hundredths = round(end * self.time_base * 100) - round(start * self.time_base * 100)
+        rgb, _ = self.waiting
+        # each frame ends at its rounded time, so that rounding does not add up; below 2 browsers slow down to 10
+        hundredths = max(2, round(end * self.time_base * 100) - self.shown)
+        self.shown += hundredths
         image = Image.fromarray(rgb).quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
         if self.file.tell() == 0:
             for block in getheader(image, info={"loop": 0})[0]:
                 self.file.write(block)
-        for block in getdata(image, duration=max(2, hundredths) * 10, include_color_table=True):
+        for block in getdata(image, duration=hundredths * 10, include_color_table=True):
             self.file.write(block)
 
     def close(self) -> None:

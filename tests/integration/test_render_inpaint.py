@@ -202,7 +202,8 @@ def test_killed_and_continued_equals_uninterrupted(clip: Path, model: Path) -> N
     assert not list(Path("runs/render-001").glob(".*"))
     assert VideoSource("runs/render-001/trajectory.mp4").frames > 60  # kept from before the kill
     assert render(long, model, *common, "--resume", "never", "--out", "whole") == 0
-    np.testing.assert_array_equal(pixels(Path("runs/render-001/inpainted.mkv")), pixels(Path("whole/inpainted.mkv")))
+    for name in ("inpainted.mkv", "comparison.mp4", "trajectory.mp4", "sheet.png"):
+        assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
 
 
 @pytest.mark.slow

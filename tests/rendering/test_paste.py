@@ -48,7 +48,7 @@ def test_a_wrong_colour_is_put_right(hidden: np.ndarray, scale: int) -> None:
     hidden = hidden.repeat(scale, 0).repeat(scale, 1)
     rows, columns = np.mgrid[: hidden.shape[0], : hidden.shape[1]] / scale
     source = np.stack([100 + rows, 60 + columns, 150 - rows], -1).astype(np.uint8)
-    reddish = np.clip(source.astype(int) + (40, -20, 0), 0, 255).astype(np.uint8)
+    reddish = np.clip(source.astype(int) + np.array([40, -20, 0]), 0, 255).astype(np.uint8)
     errors = []
     for blend in (False, True):
         target = source.copy()

@@ -123,6 +123,19 @@ def test_gif_keeps_times_without_drift(tmp_path: Path) -> None:
     assert set(durations) == {30, 40}
 
 
+def test_gif_makes_up_for_frames_that_are_too_short(tmp_path: Path) -> None:
+    writer = GifWriter(tmp_path / "a.gif", Fraction(1, 100), Fraction(25))
+    for pts in (0, 1, 2, 3, 40, 80):  # hundredths; a GIF shows each for two at least
+        writer.write(frames(1)[0], pts)
+    writer.close()
+    with Image.open(tmp_path / "a.gif") as image:
+        durations = []
+        for n in range(image.n_frames):
+            image.seek(n)
+            durations.append(image.info["duration"])
+    assert durations == [20, 20, 20, 340, 400, 40]
+
+
 @pytest.mark.parametrize(("container", "audio"), [("mp4", "aac"), ("mkv", "flac"), ("avi", "pcm_s16le")])
 def test_sound_is_kept(tmp_path: Path, container: str, audio: str) -> None:
     source = VideoSource(make_video(tmp_path / f"in.{container}", frames(10), audio))
