@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,37 @@ def test_everything_is_written(clip: Path, model: Path) -> None:
     assert report.count("data:video/mp4;base64") >= 2
     entries = json.loads(Path(".diffmae/workspace.json").read_text())["entries"]
     assert entries[-1]["kind"] == "render"
+
+
+PLAY = """<script>onload = async () => {
+    const played = []
+    for (const video of document.querySelectorAll("video")) {
+        video.muted = true
+        await video.play().then(() => played.push([video.videoWidth, video.videoHeight, video.duration]), played.push)
+    }
+    const text = Object.assign(document.createElement("pre"), {id: "played", textContent: JSON.stringify(played)})
+    document.body.append(text)
+}</script>"""
+
+
+def test_the_videos_of_a_report_play_in_a_browser(clip: Path, model: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    assert render(clip, model, "--mask", "center", "--out", "out") == 0
+    page, policies = re.subn("<meta http-equiv[^>]*>", "", Path("out/report.html").read_text())  # which forbids scripts
+    assert policies == 1
+    Path("page.html").write_text(page.replace("</main>", PLAY + "</main>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+    command = [chromium, *options, "--virtual-time-budget=20000", "--dump-dom", Path("page.html").resolve().as_uri()]
+    shown = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+    played = json.loads(re.search(r'id="played">([^<]*)<', shown)[1])
+    sizes = []
+    for name in ("comparison.mp4", "inpainted.mp4", "trajectory.mp4"):
+        with av.open(f"out/{name}") as container:
+            stream = container.streams.video[0]
+            sizes.append([stream.width, stream.height, pytest.approx(container.duration / 1e6, abs=0.05)])
+    assert played == sizes
 
 
 def test_a_report_embeds_no_more_than_a_page_can_hold(clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
