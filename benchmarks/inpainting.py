@@ -52,8 +52,8 @@ HELD_OUT = (
     "tv_ucf101_v_SoccerJuggling_g23_c01",
 )
 REFERENCE = ("ddpm", 1000)
-GRID = [("ddpm", 50), ("ddpm", 250)] + [(sampler, n) for sampler in ("ddim", "dpm++") for n in (5, 10, 20, 50)]
-MASKS = ("random:0.75", "tube:0.75")
+GRID = [("ddim", 1), ("ddpm", 50)] + [(sampler, n) for sampler in ("ddim", "dpm++") for n in (2, 3, 5, 10, 20, 50)]
+MASKS = ("random:0.75", "tube:0.75", "center")
 RESULTS = Path(__file__).parent / "results"
 
 
