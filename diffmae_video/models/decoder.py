@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmae_video.config import ModelSettings
+from diffmae_video.masking import GridShape
 from diffmae_video.models.fused import Linear, Mlp
 from diffmae_video.models.layers import (
     CrossAttention,
-    GridShape,
     Positions,
     SelfAttention,
     TimestepEmbedding,

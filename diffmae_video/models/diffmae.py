@@ -207,8 +207,6 @@ class DiffMAE(nn.Module):
         mask = encoding.mask
         if self.settings.objective == "ddpm":
             encoding = self._encode_patches(None, mask, noisy)
-        if self.settings.objective == "mae":
-            noisy = None
         prediction = self._decode(noisy, timestep, encoding, mask.masked, mask.masked_valid).float()
         if self.settings.target == "noise":
             signal, sigma = self.signal[timestep].view(-1, 1, 1), self.sigma[timestep].view(-1, 1, 1)

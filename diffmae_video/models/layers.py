@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from diffmae_video.masking import GridShape
 from diffmae_video.models.attention import attend
 from diffmae_video.models.fused import Linear, Mlp
-
-GridShape = tuple[int, int, int]
 
 
 @contextmanager
