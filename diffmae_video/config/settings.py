@@ -306,7 +306,7 @@ class RenderSettings(Section):
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
     """Sampler."""
     steps: Positive = 3
-    """Denoising steps: the fewest within 1% of 1000-step DDPM that also beat the first step in features under every mask
+    """Denoising steps: the fewest within 1% of 1000-step DDPM that also beat the first step in features
     (docs/results.md); larger models may gain by more."""
     eta: Fraction = 0.0
     """DDIM's stochasticity: 0 deterministic, 1 like DDPM."""
