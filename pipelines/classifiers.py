@@ -86,14 +86,12 @@ def load(source: str | Path, device: torch.device, overrides: Sequence[str] = ()
     Raises:
         UsageError: a `--set` of what the weights have decided.
     """
-    from diffmae_video.data.shards import sha256_of
-    from diffmae_video.models.weights import load_model
+    from diffmae_video.models.weights import load_model, saved_sha256
 
     model = load_model(source)
     settings = settings_beside(source, model, overrides, seed)
-    file = Path(source) / "weights.safetensors" if Path(source).is_dir() else Path(source)
     model.eval().requires_grad_(False)
-    return Loaded(model.to(device), settings, dict(model.info), sha256_of(file), device)
+    return Loaded(model.to(device), settings, dict(model.info), saved_sha256(source), device)
 
 
 def load_classifier(

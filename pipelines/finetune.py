@@ -265,12 +265,9 @@ def quick_accuracy(
 
 
 def _digest(source: str | None) -> str:
-    from diffmae_video.data.shards import sha256_of
-    from diffmae_video.models.weights import WEIGHTS
+    from diffmae_video.models.weights import saved_sha256
 
-    if source is None:
-        return "scratch"
-    return sha256_of((Path(source) if Path(source).is_dir() else Path(source).parent) / WEIGHTS)
+    return "scratch" if source is None else saved_sha256(source)
 
 
 def _frozen(plan: FinetunePlan, device: torch.device) -> Loaded:

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffmae_video.config import Settings
 from diffmae_video.errors import UsageError
-from diffmae_video.files import write_atomic
+from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.pipelines.console import say
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.rendering.video import VideoSource
@@ -60,11 +60,7 @@ def identity(source: VideoSource, weights: str, settings: Settings, masks: Seque
     for path in map(Path, masks):
         files += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
     for file in files:
-        part = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                part.update(block)
-        digest.update(part.digest())
+        digest.update(bytes.fromhex(sha256_of(file)))
     look = settings.render.model_dump(exclude={"codec", "crf", "mask"})  # these change no window
     digest.update(json.dumps([weights, look, settings.seed, list(masks), rest], default=str, sort_keys=True).encode())
     return digest.hexdigest()

@@ -7,10 +7,11 @@ import zlib
 from dataclasses import dataclass, field
 
 from diffmae_video.data.remote import filesystem, is_remote, join
-from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader, sha256_of
+from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.data.workers import Worker
 from diffmae_video.errors import DataError
+from diffmae_video.files import sha256_of
 from diffmae_video.pipelines.console import progress
 
 

@@ -90,10 +90,9 @@ def export(
 
 def evaluations_of(source: Path) -> list[dict[str, Any]]:
     """Evaluations on record here whose weights, by SHA-256, are those of a run: task, split, videos and scores."""
-    from diffmae_video.data.shards import sha256_of
-    from diffmae_video.models.weights import WEIGHTS
+    from diffmae_video.models.weights import saved_sha256
 
-    weights = sha256_of((source if source.is_dir() else source.parent) / WEIGHTS)
+    weights = saved_sha256(source)
     found = []
     for entry in Workspace.here().entries():
         file = Path(entry.path) / "eval.json"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import pytest
 
 from diffmae_video import files
-from diffmae_video.files import replacing, write_atomic
+from diffmae_video.files import replacing, sha256_of, write_atomic
 
 
 def names(folder) -> list[str]:
@@ -75,3 +76,10 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=os.strerror(28)):
         write_atomic(tmp_path / "a", "text")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 23) + 5])  # around the blocks it reads
+def test_checksum_is_of_the_whole_file(tmp_path, size):
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "shard.tar").write_bytes(content[:size])
+    assert sha256_of(tmp_path / "shard.tar") == hashlib.sha256(content[:size]).hexdigest()

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffmae_video.data.remote import filesystem, join, retry
-from diffmae_video.data.shards import Manifest, sha256_of
+from diffmae_video.data.shards import Manifest
 from diffmae_video.errors import DataError
+from diffmae_video.files import sha256_of
 
 
 class ShardCache:

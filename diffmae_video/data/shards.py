@@ -366,12 +366,3 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def sha256_of(path: str | Path, chunk: int = 1 << 22) -> str:
-    """Checksum of a local file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(chunk):
-            digest.update(block)
-    return digest.hexdigest()

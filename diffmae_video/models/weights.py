@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.errors import DataError, UsageError
-from diffmae_video.files import write_atomic
+from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
@@ -60,6 +60,16 @@ def save_model(
     return directory / WEIGHTS
 
 
+def saved_sha256(path: Path | str) -> str:
+    """SHA-256 of the weights that `load_model` reads for this path: the same weights, the same digest."""
+    return sha256_of(_directory(path) / WEIGHTS)
+
+
+def _directory(path: Path | str) -> Path:
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
 def load_model(path: Path | str) -> DiffMAE | Classifier:
     """Build the model that `save_model` wrote; its `info` dict comes back as an attribute.
 
@@ -70,8 +80,7 @@ def load_model(path: Path | str) -> DiffMAE | Classifier:
         UsageError: there is no saved model.
         DataError: the files are damaged, or do not fit each other.
     """
-    path = Path(path)
-    directory = path if path.is_dir() else path.parent
+    directory = _directory(path)
     for name in (DESCRIPTION, WEIGHTS):
         if not (directory / name).is_file():
             raise UsageError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from diffmae_video.errors import DataError, DiffmaeError
-from diffmae_video.files import sync_path, write_atomic
+from diffmae_video.files import sha256_of, sync_path, write_atomic
 from diffmae_video.training.distributed import Distributed
 
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # several lines a tensor otherwise
@@ -80,7 +79,12 @@ def read_checkpoint(path: Path) -> Found:
             )
         for name, (size, digest) in files.items():
             file = path / name
-            if Path(name).name != name or not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            if (
+                Path(name).name != name
+                or not file.is_file()
+                or file.stat().st_size != size
+                or sha256_of(file) != digest
+            ):
                 raise DataError(f"Checkpoint {path} is damaged in {name}; delete it to use the one before it.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Checkpoint {path} has no readable state.json ({error}); delete it.") from error
@@ -237,7 +241,7 @@ class Checkpointer:
         files = {}
         for file in sorted(temporary.glob("*.safetensors")):
             sync_path(file)
-            files[file.name] = [file.stat().st_size, sha256(file)]
+            files[file.name] = [file.stat().st_size, sha256_of(file)]
         write_atomic(temporary / "state.json", json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
         sync_path(temporary)
         if final.exists():  # written before by a run that was resumed from an older one
@@ -293,17 +297,6 @@ def fetch_from_mirror(mirror: str, folder: Path, warn: Callable[[str], None]) ->
             shutil.rmtree(temporary, ignore_errors=True)
             warn(f"Skipping {mirror}/{name}: {error}")
     return None
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()  # Python 3.10
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def _full_text(error: BaseException) -> str:

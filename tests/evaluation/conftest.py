@@ -10,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from diffmae_video.data.shards import Manifest, ShardInfo, TarShard, sha256_of, write_manifest
+from diffmae_video.data.shards import Manifest, ShardInfo, TarShard, write_manifest
+from diffmae_video.files import sha256_of
 
 
 def encode(frames: np.ndarray, gop: int = 8) -> bytes:

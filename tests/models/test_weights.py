@@ -18,13 +18,14 @@ from timm.optim import param_groups_layer_decay
 from diffmae_video import load_pretrained
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import sha256_of
 from diffmae_video.masking import make_mask
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.exporters import export_model
 from diffmae_video.models.importers import import_weights
-from diffmae_video.models.weights import load_model, save_model
+from diffmae_video.models.weights import load_model, save_model, saved_sha256
 
 SMALL = {"preset": "nano", "width": 48, "depth": 2, "heads": 4, "size": (32, 32), "patch": 8}
 SMALL |= {"decoder_width": 32, "decoder_heads": 4, "decoder_depth": 2}
@@ -65,6 +66,12 @@ def test_save_and_load(tmp_path):
     assert again.diffusion == model.diffusion
     assert again.settings == model.settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "weights.safetensors"]
+
+
+def test_digest_is_of_the_weights_whatever_file_names_the_model(tmp_path):
+    file = save_model(DiffMAE(ModelSettings(**VIDEO)), tmp_path)
+    for path in (tmp_path, file, tmp_path / "model.json"):  # all that load_model takes
+        assert saved_sha256(path) == sha256_of(file)
 
 
 def test_damaged_models_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from diffmae_video.cli.app import run
 from diffmae_video.cli.weights import Format, Source
 from diffmae_video.config import ModelSettings
-from diffmae_video.data.shards import sha256_of
+from diffmae_video.files import sha256_of
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.exporters import FORMATS

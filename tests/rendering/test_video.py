@@ -108,16 +108,23 @@ def test_an_aborted_writer_leaves_nothing(tmp_path: Path) -> None:
     assert list(out.iterdir()) == []
 
 
+def gif_durations(path: Path) -> list[int]:
+    """Milliseconds of each frame."""
+    with Image.open(path) as image:
+        durations = []
+        for n in range(image.n_frames):
+            image.seek(n)
+            durations.append(image.info["duration"])
+    return durations
+
+
 def test_gif_keeps_times_without_drift(tmp_path: Path) -> None:
     writer = GifWriter(tmp_path / "a.gif", Fraction(1, 30), Fraction(30))
     for n in range(31):
         writer.write(frames(1)[0], n)
     writer.close()
+    durations = gif_durations(tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
-        durations = []
-        for n in range(image.n_frames):
-            image.seek(n)
-            durations.append(image.info["duration"])
         assert (image.n_frames, image.size, image.info["loop"]) == (31, (64, 48), 0)
     assert sum(durations) == 1030
     assert set(durations) == {30, 40}
@@ -128,12 +135,7 @@ def test_gif_makes_up_for_frames_that_are_too_short(tmp_path: Path) -> None:
     for pts in (0, 1, 2, 3, 40, 80):  # hundredths; a GIF shows each for two at least
         writer.write(frames(1)[0], pts)
     writer.close()
-    with Image.open(tmp_path / "a.gif") as image:
-        durations = []
-        for n in range(image.n_frames):
-            image.seek(n)
-            durations.append(image.info["duration"])
-    assert durations == [20, 20, 20, 340, 400, 40]
+    assert gif_durations(tmp_path / "a.gif") == [20, 20, 20, 340, 400, 40]
 
 
 @pytest.mark.parametrize(("container", "audio"), [("mp4", "aac"), ("mkv", "flac"), ("avi", "pcm_s16le")])
