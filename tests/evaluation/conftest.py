@@ -15,10 +15,11 @@ from diffmae_video.files import sha256_of
 
 
 def encode(frames: np.ndarray, gop: int = 8) -> bytes:
-    """H.264 in MP4 of frames uint8 (T, H, W, 3)."""
+    """H.264 in MP4 of frames uint8 (T, H, W, 3): the same bytes for the same frames, as tests write them twice."""
+    options = {"g": str(gop), "bf": "0", "crf": "12", "x264-params": "mbtree=0"}  # the tree reads leftovers in memory
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=25, options={"g": str(gop), "bf": "0", "crf": "12"})
+        stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
