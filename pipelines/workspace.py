@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Workspace:
         text = str(path)
         if "://" not in text:
             text = str(Path(text).resolve())
-        entry = Entry(kind, text, datetime.now(timezone.utc).isoformat(timespec="seconds"), facts)
+        entry = Entry(kind, text, datetime.now(UTC).isoformat(timespec="seconds"), facts)
         with self._lock():
             kept = [old for old in self.entries() if (old.kind, old.path) != (kind, text)]
             rows = [asdict(one) for one in [*kept, entry]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sys
+import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,11 +21,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffmae_video.config.settings import Settings, Stage
 from diffmae_video.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class Recipe(BaseModel):
