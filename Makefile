@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint format wheel clean
+.PHONY: setup demo test test-slow lint format docs docs-serve release clean
 
 setup: $(STAMP)
 
@@ -35,8 +35,20 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: setup
-	$(BIN)/python -m build --no-isolation --wheel
+# The site lies in site/: open site/index.html, or watch it while writing with `make docs-serve`
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
+release: $(VENV)/.release
+	.ci/release
+
+$(VENV)/.docs $(VENV)/.release: $(VENV)/.%: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--constraint constraints.txt --editable '.[dev,$*]'
+	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo runs .diffmae *.egg-info
+	rm -rf $(VENV) build dist site demo runs .diffmae *.egg-info
