@@ -87,7 +87,7 @@ def evaluate(
     if nproc > 1 and not dry_run:
         from diffmae_video.training.distributed import launch
 
-        return launch(_evaluate, arguments, nproc)
+        return launch(_evaluate, nproc, **arguments)
     return _evaluate(**arguments)
 
 

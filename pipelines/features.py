@@ -77,7 +77,7 @@ def extract_features(
     if nproc > 1 and not dry_run:
         from diffmae_video.training.distributed import launch
 
-        return launch(_extract, arguments, nproc)
+        return launch(_extract, nproc, **arguments)
     return _extract(**arguments)
 
 

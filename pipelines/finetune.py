@@ -76,7 +76,7 @@ def finetune(
     if nproc > 1:
         from diffmae_video.training.distributed import launch
 
-        result = launch(_run, arguments, nproc)
+        result = launch(_run, nproc, **arguments)
     else:
         result = _run(**arguments)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
@@ -223,11 +223,15 @@ def _directory(settings: Settings, identity: str, out: Path | None, resume: str)
     if out is not None:
         return out
     workspace = Workspace.here()
-    wanted = run.identity(settings, "finetune", identity)
+    wanted = run.run_identity(settings, "finetune", identity)
     if resume == "auto":
         for folder in sorted((workspace.folder / "runs").glob("finetune-*"), reverse=True):
             status = run.read_status(folder)
-            if status and status.get("status") != "finished" and not run.difference(status.get("identity", {}), wanted):
+            if (
+                status
+                and status.get("status") != "finished"
+                and not run.identity_difference(status.get("identity", {}), wanted)
+            ):
                 return folder
     return workspace.new_run_directory("finetune")
 

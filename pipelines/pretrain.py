@@ -98,7 +98,7 @@ def pretrain(
     }
     facts = {"dataset": arguments["describe"]["dataset"], "media": kind}
     try:
-        result = distributed.launch(run_rank, arguments, nproc) if nproc > 1 else run_rank(**arguments)
+        result = distributed.launch(run_rank, nproc, **arguments) if nproc > 1 else run_rank(**arguments)
     except Stopped:
         _record(directory, facts)
         raise
@@ -257,14 +257,18 @@ def _fit_to_machine(settings: Settings, nproc: int) -> Settings:
 def _directory(settings: Settings, data_hash: str, out: Path | None, resume: str) -> Path:
     """`out`, else the newest unfinished run of the same settings and data, else a new one."""
     workspace = Workspace.here()
-    wanted = run.identity(settings, "pretrain", data_hash)
+    wanted = run.run_identity(settings, "pretrain", data_hash)
     if out is not None:
         run.check_directory(out, wanted)
         return out
     if resume == "auto":
         for directory in sorted((workspace.folder / "runs").glob("pretrain-*"), reverse=True):
             status = run.read_status(directory)
-            if status and status.get("status") != "finished" and not run.difference(status["identity"], wanted):
+            if (
+                status
+                and status.get("status") != "finished"
+                and not run.identity_difference(status["identity"], wanted)
+            ):
                 console.say(f"Found an unfinished run of the same settings and data: {directory}.")
                 return directory
     return workspace.new_run_directory("pretrain")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from diffmae_video.errors import UsageError
 from diffmae_video.files import write_atomic
@@ -117,14 +118,28 @@ class Workspace:
         number = max((int(text) for text in taken if text.isdigit()), default=0) + 1
         return runs / f"{kind}-{number:03d}"
 
+    def check_writable(self) -> None:
+        """Refuse a folder in which nothing can be put on record, before the work rather than after it.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        with self._lock():
+            pass
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        """Hold the record alone."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            held = FileLock(self.file.with_suffix(".lock"))
+            held.acquire()
         except OSError as error:
             raise UsageError(
-                f"{self.file.parent} cannot be made ({error.strerror}); run in a writable folder."
+                f"{self.file.parent} cannot be written ({error.strerror or error}); run in a writable folder, or name "
+                "one with DIFFMAE_WORKSPACE."
             ) from error
-        with open(self.file.with_suffix(".lock"), "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
             yield
+        finally:
+            held.release()

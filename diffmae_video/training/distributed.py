@@ -165,11 +165,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) -> Any:
-    """Run `function(**arguments)` in `nproc` processes of this machine, by torchrun's elastic launcher.
+def launch(function: Callable[..., Any], nproc: int, *arguments: Any, **options: Any) -> Any:
+    """Run `function(*arguments, **options)` in `nproc` processes of this machine, by torchrun's elastic launcher.
 
     Args:
-        function: a module-level function; its return value must be picklable.
+        function: a module-level function; arguments and return value must be picklable.
         nproc: processes; the first failing one ends all (they miss it at once; the launcher kills after 30 seconds
             what is left), and its error alone is raised here.
 
@@ -187,7 +187,7 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the error is shown once, by us
-    options: dict[str, Any] = {
+    wishes: dict[str, Any] = {
         "min_nodes": 1,
         "max_nodes": 1,
         "nproc_per_node": nproc,
@@ -199,7 +199,7 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
         "signals_to_handle": "SIGTERM,SIGINT,SIGUSR1",
     }
     known = {item.name for item in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.10
-    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config = LaunchConfig(**{name: value for name, value in wishes.items() if name in known})
     with tempfile.TemporaryDirectory() as folder:
         note = os.path.join(folder, "stopped")
 
@@ -209,7 +209,7 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
             return Stopped(default)
 
         try:
-            results = elastic_launch(config, _child)(function, arguments, note)
+            results = elastic_launch(config, _child)(function, arguments, options, note)
         except ChildFailedError as error:
             if all(failure.exitcode == Stopped.exit_code for failure in error.failures.values()):
                 raise stopped("Stopped by a signal; run the same command again to continue.") from None
@@ -219,9 +219,9 @@ def launch(function: Callable[..., Any], arguments: dict[str, Any], nproc: int) 
     return results[0]
 
 
-def _child(function: Callable[..., Any], arguments: dict[str, Any], note: str) -> Any:
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], note: str) -> Any:
     try:
-        return function(**arguments)
+        return function(*arguments, **options)
     except Stopped as stop:  # all ranks stop together
         if ranks_from_environment()[0] == 0:
             with open(note, "w", encoding="utf-8") as file:

@@ -66,7 +66,7 @@ def train(
     """
     distributed = distributed or Distributed(device=torch.device(device))
     directory = Path(directory)
-    wanted = run.identity(settings, kind, data_hash)
+    wanted = run.run_identity(settings, kind, data_hash)
     with contextlib.ExitStack() as stack:
         status = run.check_directory(directory, wanted) if distributed.main else None
         if distributed.main:

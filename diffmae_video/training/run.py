@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from diffmae_video.config import Settings, settings_toml
-from diffmae_video.errors import UsageError
+from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.files import write_atomic
 
 # settings that change how a run goes, not what it computes: they may differ when it is continued
@@ -35,9 +37,11 @@ _FREE = {
     },
 }
 _SECTIONS = ("seed", "model", "diffusion", "mask", "data", "train", "finetune")
+_LENGTH = ("epochs", "steps")
+_BEFORE_WORK = ("run.json", "run.lock", "run.holder", "config.toml", "metrics.jsonl", "report.html", "identity")
 
 
-def identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
+def run_identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
     """What makes two runs the same: kind, data (a manifest's hash), and the settings that decide what is computed."""
     tables = settings.model_dump(mode="json", exclude_none=True)
     kept = {"kind": kind, "data": data}
@@ -51,8 +55,12 @@ def identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
     return kept
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first thing in which two identities differ, in words; None where they agree."""
+def identity_difference(old: dict[str, Any], new: dict[str, Any], *, but_length: bool = False) -> str | None:
+    """The first thing in which two identities differ, in words; None where they agree.
+
+    Args:
+        but_length: `train.epochs` and `train.steps` may differ.
+    """
     if old.get("kind") != new["kind"]:
         return f"it is a {old.get('kind')} run"
     for section in _SECTIONS:
@@ -62,9 +70,11 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         if not isinstance(before, dict) or not isinstance(after, dict):
             return f"{section} was {before}, not {after}"
         for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
+            if before.get(key) != after.get(key) and not (but_length and section == "train" and key in _LENGTH):
                 return f"{section}.{key} was {before.get(key)}, not {after.get(key)}"
-    return "its data has changed" if old.get("data") != new["data"] else None
+    if old.get("data") == new["data"]:
+        return None
+    return "its data has changed" if "settings.data" in new else "it was made of other input or with other settings"
 
 
 def read_status(directory: Path) -> dict[str, Any] | None:
@@ -73,24 +83,6 @@ def read_status(directory: Path) -> dict[str, Any] | None:
         return dict(json.loads((directory / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def check_directory(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The status of the same run in `directory`, or None where the folder is new.
-
-    Raises:
-        UsageError: the folder holds another run, or something else.
-    """
-    if directory.is_file():
-        raise UsageError(f"--out {directory} is a file; name a folder.")
-    status = read_status(directory)
-    if status is None:
-        if directory.is_dir() and any(path.name != "run.lock" for path in directory.iterdir()):
-            raise UsageError(f"--out {directory} holds something that is no run; name another folder.")
-        return None
-    if differs := difference(status.get("identity", {}), wanted):
-        raise UsageError(f"--out {directory} holds another run ({differs}); name another folder.")
-    return status
 
 
 def write_status(directory: Path, **fields: Any) -> None:
@@ -103,22 +95,116 @@ def write_settings(directory: Path, settings: Settings) -> None:
     write_atomic(directory / "config.toml", settings_toml(settings))
 
 
+def holds_work(directory: Path) -> bool:
+    """Whether a run's directory holds anything that took computing: more than what a run writes before its first save.
+
+    Until then the directory is not taken: another run may have it.
+    """
+    for path in directory.rglob("*"):
+        name = path.name
+        before = name in _BEFORE_WORK or name.startswith(("events.out.", "nonfinite-", "."))
+        if path.is_file() and not before:
+            return True
+    return False
+
+
+def may_continue(status: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Why the run of a run.json cannot go on as the run of identity `wanted`; None where it can.
+
+    It must be the same, or finished and of another length: a longer one goes on from its last step.
+    """
+    old = status.get("identity", {})
+    return identity_difference(old, wanted, but_length=status.get("status") == "finished")
+
+
+def check_directory(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The status of the same run in `directory`, or None where the directory is free.
+
+    Raises:
+        UsageError: the directory holds another run, or something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--out {directory} is a file; name a folder.")
+    status = read_status(directory)
+    if status is None:
+        if directory.is_dir() and any(path.name not in ("run.lock", "run.holder") for path in directory.iterdir()):
+            raise UsageError(f"--out {directory} holds something that is no run; name another folder.")
+        return None
+    differs = may_continue(status, wanted)
+    if differs and holds_work(directory):
+        raise UsageError(f"--out {directory} holds another run ({differs}); name another folder.")
+    return None if differs else status
+
+
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
     """Hold a run directory alone; the lock goes with the process, however that ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "run.lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UsageError(f"{directory} is in use by {holder}; wait for it, or name another --out.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    holder = directory / "run.holder"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = FileLock(directory / "run.lock")
+        held.acquire(timeout=0)
+    except Timeout:
+        with contextlib.suppress(OSError):
+            raise UsageError(
+                f"{directory} is in use by {holder.read_text(encoding='utf-8')}; wait for it, or name another --out."
+            ) from None
+        raise UsageError(f"{directory} is in use by another process; wait for it, or name another --out.") from None
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be written ({error.strerror or error}); name another folder with --out."
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+@contextlib.contextmanager
+def claim(directory: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Hold a run's directory while the block runs; it is given back where the block fails before anything is saved.
+
+    Yields:
+        run.json of an earlier try of the same run; empty where there was none.
+
+    Raises:
+        UsageError: the directory holds another run or something else, is in use, or cannot be written.
+    """
+    check_directory(directory, identity)
+    new, given_back = not directory.exists(), False
+    try:
+        with lock(directory):
+            status = check_directory(directory, identity)
+            for path in directory.glob(".*.tmp"):  # what a killed process was writing; nobody else writes here now
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if status is None:
+                clear(directory)
+            done = status is not None and status.get("status") == "finished" and status.get("identity") == identity
+            if not done:
+                write_status(directory, identity=identity, status="running", step=(status or {}).get("step", 0))
+            try:
+                yield status or {}
+            except BaseException as error:
+                if not holds_work(directory) and not any(directory.glob("nonfinite-*")):
+                    clear(directory)
+                    given_back = True
+                elif not done:
+                    with contextlib.suppress(OSError):
+                        write_status(directory, status="stopped" if isinstance(error, Stopped) else "failed")
+                raise
+    finally:
+        if new and given_back:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def clear(directory: Path) -> None:
+    """Remove everything but the lock."""
+    for path in directory.iterdir():
+        if path.name not in ("run.lock", "run.holder"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

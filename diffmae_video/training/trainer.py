@@ -112,7 +112,7 @@ class Trainer:
             )
 
     def _load(self, found: Found) -> None:
-        if differs := run.difference(found.state["identity"], self.wanted):
+        if differs := run.identity_difference(found.state["identity"], self.wanted):
             raise UsageError(f"Checkpoint {found.path} is of another run ({differs}); restore that, or start afresh.")
         rank, world = self.distributed.rank, self.distributed.world
         tensors = state.run_tensors(self.model, self.optimizer, self.average)

@@ -124,7 +124,7 @@ def fail_on_rank_one():
 def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd):
     started = time.monotonic()
     with pytest.raises(DataError, match=r"Shard x is damaged; make it again\."):
-        distributed.launch(fail_on_rank_one, {}, 2)
+        distributed.launch(fail_on_rank_one, 2)
     assert time.monotonic() - started < 60  # a hang would last half an hour, the timeout of gloo
     assert "Traceback" not in "".join(capfd.readouterr())
 
