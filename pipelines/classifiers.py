@@ -39,8 +39,10 @@ class Loaded:
 
     @property
     def precision(self) -> str:
-        """`bf16` or `fp32`."""
-        return self.settings.train.precision
+        """`bf16`, `fp16` or `fp32`: what `evaluate.precision` means on this device."""
+        from diffmae_video.training.hardware import resolve_precision
+
+        return resolve_precision(self.settings.evaluate.precision, self.device)
 
     def prepare(self, clips: Tensor) -> Tensor:
         """uint8 (B, T, C, H, W) -> float (B, C, T, H, W), scaled as the model wants it."""
@@ -50,9 +52,9 @@ class Loaded:
 
     def autocast(self) -> Any:
         """The context in which the forward pass runs."""
-        import torch
+        from diffmae_video.training.hardware import autocast
 
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.device, self.precision)
 
     def probabilities(self, clips: Tensor) -> Tensor:
         """Softmax of the logits of clips uint8 (B, T, C, H, W): (B, K) float32."""

@@ -38,8 +38,9 @@ def examine() -> list[Finding]:
 
 
 def _system() -> list[Finding]:
-    memory, gib = psutil.virtual_memory(), 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from diffmae_video.training.hardware import core_count
+
+    memory, gib, cores = psutil.virtual_memory(), 2**30, core_count()
     return [
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cores, memory", f"{cores} cores, {memory.total / gib:.1f} GiB ({memory.available / gib:.1f} free)"),
@@ -70,13 +71,13 @@ def _version(package: str) -> str | None:
 def _devices() -> list[Finding]:
     import torch
 
+    from diffmae_video.training.hardware import choose_precision, pick_device
+
     findings = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             findings.append(Finding(f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
-        if not torch.cuda.is_bf16_supported():
-            findings.append(Finding("bf16", "not supported by this GPU", "use --set train.precision=fp32"))
     elif shutil.which("nvidia-smi"):
         remedy = "install the CUDA build of torch that fits your driver (pytorch.org, Get Started)"
         findings.append(Finding("cuda", f"a driver is here, but torch {torch.__version__} cannot use it", remedy))
@@ -84,6 +85,9 @@ def _devices() -> list[Finding]:
         findings.append(Finding("cuda", "no GPU", "everything runs on the CPU, slowly"))
     if torch.backends.mps.is_available():
         findings.append(Finding("mps", "Apple GPU"))
+    device = pick_device()
+    precision, why = choose_precision(device)
+    findings.append(Finding("precision = auto", f"{precision} on {device.type} ({why})"))
     return findings
 
 

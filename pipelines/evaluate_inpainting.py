@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.rendering.report import Report
 from diffmae_video.rendering.sheet import contact_sheet
 from diffmae_video.rendering.video import write_png
+from diffmae_video.training.hardware import autocast
 
 SAMPLE, MEAN, BEST, ONE_STEP = (
     "DiffMAE, one sample",
@@ -236,8 +236,7 @@ def _results(
     render, norm = settings.render, model.settings.pixel_norm
     first: list[Tensor] = []
     count = settings.evaluate.samples
-    bf16 = render.precision == "bf16" or (render.precision == "auto" and device.type == "cuda")
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+    with torch.inference_mode(), autocast(device, render.precision):
         output = model.sample(
             normalize_pixels(clip[None].to(device), norm),
             mask.to(device),

@@ -13,7 +13,7 @@ from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS
 from diffmae_video.pipelines.evaluate import override_of
 from diffmae_video.pipelines.probe import check_probe
-from diffmae_video.pipelines.recipes import choose_recipe, pick_device
+from diffmae_video.pipelines.recipes import choose_recipe
 from diffmae_video.pipelines.tasks import find_task_data
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -112,7 +112,9 @@ def _choose_recipe(
 ) -> tuple[str, str]:
     if recipe != "auto":
         return recipe, "chosen by --recipe"
-    place = pick_device(device)
+    from diffmae_video.training.hardware import pick_device
+
+    place = pick_device(device).type
     if description and place == "cuda":
         own = f"finetune-{task}-{description['model'].get('preset')}"
         if own in recipe_names():
@@ -150,6 +152,8 @@ def _model_of_weights(
 
 def describe_plan(plan: FinetunePlan, device: str) -> None:
     """Say what will be done."""
+    from diffmae_video.training.hardware import pick_device
+
     settings = plan.settings
     counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
     if settings.data.label_fraction < 1:
@@ -161,7 +165,7 @@ def describe_plan(plan: FinetunePlan, device: str) -> None:
         work = f"one pass for the features{f', {work}' if settings.finetune.protocol == 'attentive' else ''}"
     console.say(
         f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
-        f"{work} on {pick_device(device)}."
+        f"{work} on {pick_device(device).type}."
     )
 
 
@@ -170,10 +174,9 @@ def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
 
     A probe reads every video of both splits once, in the forward pass alone; fitting its head costs little beside that.
     """
-    import torch
-
     from diffmae_video.pipelines.plan import make_plan, print_plan
     from diffmae_video.training.distributed import ranks_from_environment
+    from diffmae_video.training.hardware import pick_device
 
     settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
     world, splits = max(nproc, ranks_from_environment()[1]), [data.split]
@@ -189,7 +192,7 @@ def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
         samples,
         sum(shard.bytes for shard in manifest.shards if shard.split in splits),
         world=world,
-        device=torch.device(pick_device(device)),
+        device=pick_device(device),
         cost=measure_classifier(settings, manifest, settings.train.batch_size // (world * settings.train.accumulate)),
     )
     print_plan(predicted, world)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from diffmae_video.config import Settings
 from diffmae_video.errors import UsageError
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.classifiers import Loaded, find_run, load
 from diffmae_video.pipelines.console import say
-from diffmae_video.pipelines.recipes import pick_device
+from diffmae_video.training.hardware import pick_device
 
 
 def load_inpainter(
@@ -25,7 +23,7 @@ def load_inpainter(
     """
     source, which = find_run("pretrain", checkpoint)
     say(which)
-    loaded = load(source, torch.device(pick_device(device)), overrides, seed)
+    loaded = load(source, pick_device(device), overrides, seed)
     if not isinstance(loaded.model, DiffMAE):
         raise UsageError(f"{source} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint.")
     return source, loaded

@@ -60,7 +60,7 @@ def loss_sweep(
     from diffmae_video.data.stream import build_stream
     from diffmae_video.masking import make_mask
     from diffmae_video.models.patches import grid_shape
-    from diffmae_video.training.distributed import pick_device
+    from diffmae_video.training.hardware import pick_device
 
     source, line = find_run("pretrain", run)
     console.say(line)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from diffmae_video.config import Settings
+from diffmae_video.config import Settings, with_overrides
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE, Draw
 from diffmae_video.models.patches import grid_shape
 from diffmae_video.pipelines import console
 from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
-from diffmae_video.training.hardware import peak_flops
+from diffmae_video.training.hardware import choose_precision, peak_flops
 
 ASSUMED_UTILIZATION = 0.4  # of peak; what a plain ViT reaches with SDPA in bf16
 
@@ -30,6 +30,7 @@ class Plan:
     data_gib: float  # read over the whole run
     hours: float
     basis: str  # where the hours come from
+    precision: str  # `bf16`, `fp16` or `fp32`, and why in brackets
 
 
 def measure(settings: Settings, clips: int = 1) -> Footprint:
@@ -73,6 +74,8 @@ def make_plan(
         cost: of a step; that of pre-training without it.
     """
     train = settings.train
+    precision, why = choose_precision(device) if train.precision == "auto" else (train.precision, "train.precision")
+    settings = with_overrides(settings, train={"precision": precision})
     micro = max(1, train.batch_size // (world * train.accumulate))
     cost = cost or measure(settings, micro)
     clips = samples * settings.data.repeats
@@ -80,7 +83,7 @@ def make_plan(
     if throughput:
         rate, basis = throughput, f"{throughput:g} clips/s as given"
     else:
-        peak = peak_flops(str(device), train.precision)
+        peak = peak_flops(str(device), precision)
         rate = world * peak * ASSUMED_UTILIZATION / cost.train_flops
         basis = f"{ASSUMED_UTILIZATION:.0%} of {peak / 1e12:.3g} TFLOP/s x {world} {device.type}, assumed"
     passes = steps * train.batch_size / clips
@@ -93,6 +96,7 @@ def make_plan(
         data_gib=passes * data_bytes / 2**30,
         hours=steps * train.batch_size / rate / 3600,
         basis=basis,
+        precision=f"{precision} ({why})",
     )
 
 
@@ -105,6 +109,7 @@ def print_plan(plan: Plan, world: int) -> None:
         ("FLOPs a clip, training", f"{cost.train_flops / 1e9:.1f} G"),
         ("samples", f"{plan.samples} ({plan.clips_per_epoch} clips an epoch)"),
         ("steps", str(plan.steps)),
+        ("precision", plan.precision),
         ("memory a process", f"{plan.memory_gib:.2f} GiB (tensors, allocator; without data workers)"),
         ("data read", f"{plan.data_gib:.2f} GiB"),
         ("time", f"{console.format_seconds(plan.hours * 3600)} ({plan.basis})"),

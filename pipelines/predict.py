@@ -49,7 +49,7 @@ def predict(
 
     from diffmae_video.evaluation.classify import ViewSettings, decode_views
     from diffmae_video.evaluation.views import parse_views
-    from diffmae_video.training.distributed import pick_device
+    from diffmae_video.training.hardware import pick_device
 
     source, line = find_run("finetune", checkpoint, task)
     loaded = load_classifier(source, pick_device(device), overrides)

@@ -19,6 +19,7 @@ from diffmae_video.pipelines.recipes import resolve_settings
 from diffmae_video.pipelines.run_report import write_run_report
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training import distributed, run
+from diffmae_video.training.hardware import core_count, pick_device
 from diffmae_video.training.loop import TrainResult, micro_batch_size, train
 from diffmae_video.training.mix import MixedStream
 from diffmae_video.training.pretraining import PretrainTask
@@ -73,7 +74,7 @@ def pretrain(
     settings = _fit_to_machine(settings, nproc)
     world = max(nproc, distributed.ranks_from_environment()[1])
     micro_batch_size(settings.train, world)
-    place = distributed.pick_device(device)
+    place = pick_device(device)
     if dry_run:
         samples = sum(manifest.splits.get(settings.data.split, 0) for manifest in manifests)
         size = sum(shard.bytes for m in manifests for shard in m.shards if shard.split == settings.data.split)
@@ -170,7 +171,7 @@ def run_rank(
 
 def _useful_flops(settings: Settings) -> float:
     """FLOPs of a clip for `mfu`: what checkpointing computes a second time is not counted."""
-    return measure(with_overrides(settings, train={"grad_checkpointing": False})).train_flops
+    return measure(with_overrides(settings, train={"grad_checkpointing": False, "precision": "fp32"})).train_flops
 
 
 def open_stream(settings: Settings, rank: int, world: int) -> Any:
@@ -244,11 +245,11 @@ def _need_split(manifest: Manifest, split: str) -> None:
 def _fit_to_machine(settings: Settings, nproc: int) -> Settings:
     """No more data workers than cores: a surplus only takes turns, and the order of samples does not depend on it."""
     local = max(nproc, distributed.ranks_from_environment()[3])
-    share = max(1, distributed.cores() // local)
+    share = max(1, core_count() // local)
     if settings.data.workers > share:
         console.say(
             f"data.workers = {settings.data.workers} in each of {local} process(es) is more than "
-            f"{distributed.cores()} cores can run: using {share}."
+            f"{core_count()} cores can run: using {share}."
         )
         settings = with_overrides(settings, data={"workers": share})
     return settings

@@ -11,17 +11,6 @@ if TYPE_CHECKING:
     from diffmae_video.data.shards import Manifest
 
 
-def pick_device(name: str) -> str:
-    """Kind of the device a name stands for: `cpu`, `cuda` or `mps`; `auto` is the fastest kind here.
-
-    Raises:
-        UsageError: the named device does not exist on this machine.
-    """
-    from diffmae_video.training import distributed
-
-    return distributed.pick_device(name).type
-
-
 def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: str = "video") -> tuple[str, str]:
     """Choose a built-in recipe by data and device.
 
@@ -57,10 +46,15 @@ def resolve_settings(
         recipe: a name, a path, or `auto`.
         overrides: `section.field=value` texts of `--set`.
         seed: replaces the recipe's seed where given.
+
+    Raises:
+        UsageError: a recipe, key or value that is not valid, or a device that is not there.
     """
     why = "chosen by --recipe"
     if recipe == "auto":
-        recipe, why = choose_recipe(stage, manifest, pick_device(device), kind)
+        from diffmae_video.training.hardware import pick_device
+
+        recipe, why = choose_recipe(stage, manifest, pick_device(device).type, kind)
     settings = load_settings(recipe, stage, tuple(overrides))
     if seed is not None:
         settings = with_overrides(settings, seed=seed)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Stage = Literal["pretrain", "finetune", "evaluate", "render"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class Section(BaseModel):
@@ -226,8 +227,9 @@ class TrainSettings(Section):
     """Factor on the learning rate per layer below the head."""
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
     """Bound on the gradient norm; 0 measures it without clipping."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type of the forward pass."""
+    precision: Precision = "auto"
+    """Number type of the forward pass; `auto`: bf16 where the hardware has it, fp16 with loss scaling on older GPUs,
+    fp32 elsewhere. Chosen at the first step of a run and kept when it is continued."""
     compile: bool = False
     """Run the training step through torch.compile."""
     grad_checkpointing: bool = False
@@ -288,6 +290,8 @@ class EvaluateSettings(Section):
     """Temporal x spatial views, e.g. `5x3`, or several: `1x1,5x3`; the data set's default without it."""
     batch_views: Positive = 16
     """Views per forward pass."""
+    precision: Precision = "auto"
+    """Number type of testing, probes and features; `auto` as in `train.precision`, on the device that tests."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of the confidence interval."""
     masks: tuple[str, ...] = ("random:0.75", "tube:0.75", "center")
@@ -329,8 +333,8 @@ class RenderSettings(Section):
     """Where the model looks: squares around the holes where they fit, the whole frame, or overlapping squares."""
     batch: Positive = 4
     """Clips sampled at once."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast type of sampling; `auto` is bf16 on a GPU and fp32 elsewhere."""
+    precision: Precision = "auto"
+    """Number type of sampling; `auto` as in `train.precision`, on the device that renders."""
     codec: Literal["h264", "ffv1", "gif", "png"] = "h264"
     """Output format."""
     crf: Annotated[int, Field(ge=0, le=51)] = 17

@@ -9,7 +9,6 @@ hidden, so that memory does not grow with the length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask, masks_of_tensor
 from diffmae_video.rendering.paste import Hole
 from diffmae_video.rendering.windows import Window, certain, enlarge, place_windows, shrink, to_cells
+from diffmae_video.training.hardware import autocast
 
 
 class WindowStore(Protocol):
@@ -226,8 +226,7 @@ class Inpainter:
         known = self._known(clips, window, cells) if settings.guide else None
         watcher = _Watcher(self._to_pixels, self.callback if self.windows == 0 else None)
         self.callback = None  # it has seen, or missed, the first clips
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.inference_mode(), autocast(self.device, settings.precision):
             output = self.model.sample(
                 normalize_pixels(inputs.to(self.device), self.model.settings.pixel_norm),
                 mask,

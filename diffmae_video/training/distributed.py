@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from diffmae_video import errors
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+from diffmae_video.training.hardware import core_count, pick_device
 
 SHUTDOWN_SECONDS = 20  # how long the ranks of a stopped run may take to save and leave
 
@@ -70,30 +71,6 @@ class Distributed:
         self.any(False)
 
 
-def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `mps` as a device; `auto` takes the fastest kind present.
-
-    Raises:
-        UsageError: the device is not there.
-    """
-    if name not in ("auto", "cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name} is not one of auto, cpu, cuda, mps; choose one of them.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: PyTorch sees no CUDA device; `diffmae doctor` says why, or take cpu.")
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"Process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                "lower --nproc to that number."
-            )
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: PyTorch sees no Apple GPU here; take cpu.")
-    return torch.device(name)
-
-
 def ranks_from_environment(environ: dict[str, str] | None = None) -> tuple[int, int, int, int]:
     """(rank, world, local rank, local world) from torchrun's variables, else Slurm's (inside srun), else one process.
 
@@ -135,7 +112,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> Iterator[Distributed
     rank, world, local_rank, local_world = ranks_from_environment()
     place = pick_device(device, local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // local_world))
+        torch.set_num_threads(max(1, core_count() // local_world))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     joined = False
@@ -158,11 +135,6 @@ def start(device: str = "auto", timeout_s: float = 1800) -> Iterator[Distributed
     finally:
         if together and joined and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(function: Callable[..., Any], nproc: int, *arguments: Any, **options: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmae_video.config import TrainSettings
+from diffmae_video.training.hardware import autocast
 from diffmae_video.training.optim import MovingAverage, build_optimizer
 from diffmae_video.training.state import run_tensors
 
@@ -82,7 +83,7 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSetti
     states = live.now
     with live, FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
         for micro in range(min(train.accumulate, 2)):  # the second one meets the gradients of the first
-            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+            with autocast(torch.device("cpu"), train.precision):
                 value = loss()
             if micro == 0:
                 forward = counter.get_total_flops()

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmae_video.config import Settings
+from diffmae_video.config import Settings, with_overrides
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
 from diffmae_video.training import run
 from diffmae_video.training.checkpoint import Found, fetch_from_mirror, newest_checkpoint, read_checkpoint
 from diffmae_video.training.distributed import Distributed
-from diffmae_video.training.hardware import peak_memory
+from diffmae_video.training.hardware import choose_precision, peak_memory
 from diffmae_video.training.logging import read_metrics
 from diffmae_video.training.signals import stop_on_signal
 from diffmae_video.training.task import LossOutput, Task, TrainResult, micro_batch_size
@@ -79,6 +79,9 @@ def train(
             say(f"{directory} holds this run, finished at step {status['step']}: nothing to do.")
             last = (read_metrics(directory / "metrics.jsonl") or [{}])[-1]
             return TrainResult(directory, status["step"], status["total"], last, status["step"], 0.0, True)
+        found = _find(directory, resume, settings.train.mirror, distributed, say)
+        settings = _settle_precision(settings, found.state["identity"] if found else None, distributed, say)
+        wanted = run.identity(settings, kind, data_hash)
         if distributed.main:
             run.write_status(directory, identity=wanted, status="running", step=(status or {}).get("step", 0))
             run.write_settings(directory, settings)
@@ -86,7 +89,7 @@ def train(
         request = stack.enter_context(stop_on_signal())
         stack.enter_context(trainer)
         try:
-            trainer.start(_find(directory, resume, settings.train.mirror, distributed, say), wanted)
+            trainer.start(found, wanted)
             return trainer.fit(request, progress, profile)
         except Stopped:
             trainer.mark("stopped")
@@ -99,6 +102,22 @@ def train(
             if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
                 raise out_of_memory(settings, distributed, trainer.model) from error
             raise
+
+
+def _settle_precision(
+    settings: Settings, before: dict[str, Any] | None, distributed: Distributed, say: Callable[[str], None]
+) -> Settings:
+    """`train.precision = "auto"` settled: as the run began, where it is continued, else by rank 0's device."""
+    precision = settings.train.precision
+    if precision != "auto":
+        return settings
+    if before is not None:
+        precision, why = before["settings.train"]["precision"], "as this run began"
+    else:
+        precision, why = choose_precision(distributed.device)
+    precision, why = distributed.broadcast([precision, why])
+    say(f"Precision: {precision} ({why}).")
+    return with_overrides(settings, train={"precision": precision})
 
 
 def out_of_memory(settings: Settings, distributed: Distributed, model: nn.Module) -> DiffmaeError:

@@ -58,6 +58,8 @@ def run_identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
 def identity_difference(old: dict[str, Any], new: dict[str, Any], *, but_length: bool = False) -> str | None:
     """The first thing in which two identities differ, in words; None where they agree.
 
+    `train.precision = "auto"` agrees with whatever the run has settled on.
+
     Args:
         but_length: `train.epochs` and `train.steps` may differ.
     """
@@ -70,7 +72,9 @@ def identity_difference(old: dict[str, Any], new: dict[str, Any], *, but_length:
         if not isinstance(before, dict) or not isinstance(after, dict):
             return f"{section} was {before}, not {after}"
         for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key) and not (but_length and section == "train" and key in _LENGTH):
+            free = but_length and section == "train" and key in _LENGTH
+            free = free or ((section, key) == ("train", "precision") and after.get(key) == "auto")
+            if before.get(key) != after.get(key) and not free:
                 return f"{section}.{key} was {before.get(key)}, not {after.get(key)}"
     if old.get("data") == new["data"]:
         return None

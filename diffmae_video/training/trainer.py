@@ -18,7 +18,7 @@ from diffmae_video.files import write_atomic
 from diffmae_video.training import optim, parallel, run, state
 from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors
 from diffmae_video.training.distributed import Distributed
-from diffmae_video.training.hardware import describe_machine, peak_flops, peak_memory
+from diffmae_video.training.hardware import autocast, describe_machine, peak_flops, peak_memory
 from diffmae_video.training.logging import RunLog
 from diffmae_video.training.meter import Meter, profile_steps
 from diffmae_video.training.signals import StopRequest
@@ -60,7 +60,8 @@ class Trainer:
         self.steps_per_epoch = clips_an_epoch / batch
         self.total = self.train.steps or max(1, round(self.train.epochs * self.steps_per_epoch))
         self.warmup = min(self.train.warmup_epochs * clips_an_epoch, self.total * batch / 10)
-        self.step = self.resumed_from = self.skipped = 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.precision == "fp16")
+        self.step = self.resumed_from = self.skipped = self.overflows = 0
         self.bad: dict[str, int] = {}
         self.best: float | None = None
         self.owed = False  # stopped in the very last step: its pictures and validation are still to come
@@ -127,6 +128,8 @@ class Trainer:
         self.step = self.resumed_from = found.step
         self.skipped, self.best = found.state["skipped"], found.state["best"]
         self.owed = found.state["owed"]
+        self.overflows = found.state["overflows"]
+        self.scaler.load_state_dict(found.state["scaler"])
         self.files.best_step = found.state["best_step"]
         if self.distributed.main:  # totals over ranks: rank 0 carries them on
             self.bad = dict(found.state["bad"])
@@ -185,7 +188,6 @@ class Trainer:
     def _one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
         train, meter = self.train, self.meter
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16")
         batch_keys: list[Any] = []
         losses = torch.zeros((), device=self.device)
         sums: dict[str, Tensor] = {}
@@ -196,17 +198,18 @@ class Trainer:
             for reason, count in batch.bad.items():
                 self.bad[reason] = self.bad.get(reason, 0) + count
             with meter.computing(), parallel.synchronized(self.wrapped, micro == train.accumulate - 1):
-                with autocast:
+                with autocast(self.device, train.precision):
                     output = self.task.loss(self.wrapped, batch, self.device)
-                (output.loss / train.accumulate).backward()
+                self.scaler.scale(output.loss / train.accumulate).backward()
                 losses += output.loss.detach() / train.accumulate
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach() / train.accumulate
         with meter.computing():
+            self.scaler.unscale_(self.optimizer)
             norm = parallel.gradient_norm(self.model, train.clip_grad)
-            bad, stop = self.distributed.any(not bool(torch.isfinite(losses + norm)), bool(request))
-            if bad:
-                self._nonfinite(batch_keys, losses, norm)
+            overflow, bad, stop = self.distributed.any(*self._finite(losses, norm), bool(request))
+            if bad or overflow:
+                self._nonfinite(batch_keys, losses, norm, overflow and not bad)
             else:
                 samples = (self.step + 0.5) * train.batch_size  # at the middle of the step: neither end is wasted on 0
                 peak = optim.peak_learning_rate(train)
@@ -214,7 +217,8 @@ class Trainer:
                     samples, self.total * train.batch_size, self.warmup, peak, min(train.min_lr, peak)
                 )
                 optim.set_learning_rate(self.optimizer, self.rate)
-                self.optimizer.step()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
                 if self.average is not None:
                     self.average.update(self.step)
                 meter.add({**sums, "loss": losses, "grad_norm": norm})
@@ -223,8 +227,24 @@ class Trainer:
         self.step += 1
         return stop
 
-    def _nonfinite(self, batches: list[Any], loss: Tensor, norm: Tensor) -> None:
-        """A loss or gradient that is no number: note the batch; stop unless some may be skipped."""
+    def _finite(self, loss: Tensor, norm: Tensor) -> tuple[bool, bool]:
+        """Whether the gradients are beyond fp16's range (and a smaller scale may cure it); whether a step is lost."""
+        if bool(torch.isfinite(loss + norm)):
+            return False, False
+        curable = self.scaler.is_enabled() and self.scaler.get_scale() > 1 and bool(torch.isfinite(loss))
+        return curable, not curable
+
+    def _nonfinite(self, batches: list[Any], loss: Tensor, norm: Tensor, overflow: bool) -> None:
+        """A loss or gradient that is no number: note the batch; stop unless some may be skipped.
+
+        In fp16 gradients may overflow because the loss was scaled too far: the scale is halved and the step left out.
+        """
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale() / 2)
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
+        if overflow:
+            self.overflows += 1
+            return
         step = self.step + 1
         note = {
             "step": step,
@@ -286,6 +306,8 @@ class Trainer:
             "peak_memory": round(peak_memory(self.device), 4),
             "skipped": self.skipped,
         }
+        if self.scaler.is_enabled():
+            line |= {"loss_scale": self.scaler.get_scale(), "overflows": self.overflows}
         if self.flops_per_clip:
             line["mfu"] = round(rate * self.flops_per_clip / peak_flops(str(self.device), self.train.precision), 4)
         self.last = {"step": self.step, **line}
@@ -309,8 +331,7 @@ class Trainer:
             self.average.swap()
         self.model.eval()
         try:
-            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
-            with autocast, torch.random.fork_rng(devices=[]):
+            with autocast(self.device, self.train.precision), torch.random.fork_rng(devices=[]):
                 yield
         finally:
             self.model.train()
@@ -358,6 +379,8 @@ class Trainer:
             "owed": self.owed,
             "best_step": self.files.best_step,
             "bad": bad,
+            "scaler": self.scaler.state_dict(),
+            "overflows": self.overflows,
             "window": self.meter.state(self.distributed),
         }
         parallel.reshard(self.model)

@@ -15,6 +15,7 @@ from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.training import distributed, parallel
+from diffmae_video.training.hardware import pick_device
 from diffmae_video.training.signals import stop_on_signal
 from diffmae_video.training.task import micro_batch_size
 
@@ -161,4 +162,4 @@ def test_missing_device_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(DiffmaeError, match="sees no CUDA device"):
-        distributed.pick_device("cuda")
+        pick_device("cuda")
