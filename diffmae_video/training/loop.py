@@ -81,7 +81,7 @@ def train(
             return TrainResult(directory, status["step"], status["total"], last, status["step"], 0.0, True)
         found = _find(directory, resume, settings.train.mirror, distributed, say)
         settings = _settle_precision(settings, found.state["identity"] if found else None, distributed, say)
-        wanted = run.identity(settings, kind, data_hash)
+        wanted = run.run_identity(settings, kind, data_hash)
         if distributed.main:
             run.write_status(directory, identity=wanted, status="running", step=(status or {}).get("step", 0))
             run.write_settings(directory, settings)
