@@ -36,7 +36,8 @@ import psutil
 import torch
 
 from diffmae_video.data.decode import Video, VideoReader
-from diffmae_video.data.shards import Manifest, ShardReader, TarShard
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.shards import ShardReader, TarShard
 from diffmae_video.data.transcode import TranscodeOptions, transcode
 from diffmae_video.errors import DataError
 
@@ -241,6 +242,7 @@ def cpu(action: Callable[[], object]) -> float:
 
 def shard(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Clips a second over all cores: `diffmae shard` and the ffmpeg command with the same settings, in turns."""
+    from diffmae_video.pipelines.shard import ShardJob
     from diffmae_video.pipelines.shard import shard as make
 
     files = sorted(path for path in Path(arguments.paths[0]).rglob("*.mp4"))
@@ -248,7 +250,7 @@ def shard(arguments: argparse.Namespace) -> list[dict[str, object]]:
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            result = make(arguments.paths[0], Path(folder, "out"))
+            result = make(ShardJob(arguments.paths[0], Path(folder, "out")))
             found["diffmae clips/s"].append(result.written / (time.perf_counter() - begun))
             begun = time.perf_counter()
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -136,13 +136,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from diffmae_video.data.transcode import TranscodeOptions
-    from diffmae_video.pipelines.shard import shard
+    from diffmae_video.pipelines.shard import ShardJob, shard
 
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["DIFFMAE_WORKSPACE"] = str(work)
     lay_out(arguments.source, work / "clips")
-    shard(work / "clips", work / "shards", dataset="tennis7", options=TranscodeOptions(short_side=128), workers=1)
+    shard(
+        ShardJob(
+            work / "clips", work / "shards", dataset="tennis7", options=TranscodeOptions(short_side=128), workers=1
+        )
+    )
     overrides = {
         "pretrain": [*arguments.overrides, *arguments.set_pretrain],
         "finetune": [*arguments.overrides, *arguments.set_finetune],

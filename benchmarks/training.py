@@ -33,7 +33,7 @@ from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.plan import measure
 from diffmae_video.pipelines.pretrain import open_stream
-from diffmae_video.pipelines.shard import shard
+from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.training.loop import train
 from diffmae_video.training.pretraining import PretrainTask
 
@@ -45,7 +45,7 @@ MIB = 2**20
 def make_shards(folder: Path, clips: int = 256) -> Path:
     """Shards of embedded clips (64x64, 16 frames)."""
     write_demo_data(folder / "clips", train=clips, val=16, size=64, frames=16, workers=1)
-    shard(folder / "clips", folder / "shards", workers=1)
+    shard(ShardJob(folder / "clips", folder / "shards", workers=1))
     return folder / "shards"
 
 

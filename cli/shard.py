@@ -68,7 +68,7 @@ def shard(
 ) -> None:
     """Turn a folder of clips or images into shards. Example: diffmae shard kinetics/ shards/"""
     from diffmae_video.data.transcode import TranscodeOptions
-    from diffmae_video.pipelines.shard import shard_and_record
+    from diffmae_video.pipelines.shard import ShardJob, shard_and_record
 
     options = TranscodeOptions(
         kind="image" if image else "video",
@@ -82,12 +82,12 @@ def shard(
         b_frames=b_frames,
         min_frames=min_frames,
     )
-    shard_and_record(
+    job = ShardJob(
         source,
         out,
+        options,
         dataset=dataset,
         layout=layout,
-        options=options,
         fold=fold,
         samples_per_shard=samples_per_shard,
         workers=workers,
@@ -97,6 +97,7 @@ def shard(
         overwrite=overwrite,
         dry_run=dry_run,
     )
+    shard_and_record(job)
 
 
 def verify(
@@ -126,7 +127,7 @@ def index(
     ] = None,
 ) -> None:
     """Make a manifest for tars that something else wrote."""
-    from diffmae_video.data.shards import Manifest
+    from diffmae_video.data.manifest import Manifest
     from diffmae_video.pipelines.console import say
     from diffmae_video.pipelines.index import index as make
     from diffmae_video.pipelines.workspace import Workspace

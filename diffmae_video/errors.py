@@ -22,6 +22,12 @@ class DataError(DiffmaeError):
     exit_code = 3
 
 
+class StorageError(DataError):
+    """A disk or a server does not answer; this says nothing about the data, and the same command may go on later."""
+
+    exit_code = 1
+
+
 class Stopped(DiffmaeError):
     """A signal ended the run after its state was saved; running the same command again continues it."""
 

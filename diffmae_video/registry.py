@@ -121,7 +121,7 @@ objectives: Registry[type] = Registry("objective", "objectives", ("models.object
 samplers: Registry[Callable] = Registry("sampler", "samplers", ("diffusion.samplers",))
 decoders: Registry[type] = Registry("decoder", "decoders", ("models.decoder",))
 tasks: Registry[type] = Registry("task", "tasks", ("training.pretraining", "training.finetuning"))
-layouts: Registry[Callable] = Registry("layout", "layouts", ("data.layouts",))
+layouts: Registry[Callable] = Registry("layout", "layouts", ("data.published", "data.layouts"))
 teachers: Registry[Callable] = Registry("teacher", "teachers")
 
 MaskerName = Annotated[str, AfterValidator(maskers.check)]

@@ -181,10 +181,10 @@ def _write_data(folder: Path, recipe: str, seed: int) -> dict[str, Any]:
 
 def _shard(source: Path, shards: Path) -> dict[str, Any]:
     from diffmae_video.data.transcode import TranscodeOptions
-    from diffmae_video.pipelines.shard import shard
+    from diffmae_video.pipelines.shard import ShardJob, shard
 
     # The clips are small and made to decode fast: their bytes are kept.
-    result = shard(source, shards, dataset="demo", options=TranscodeOptions(copy=True))
+    result = shard(ShardJob(source, shards, dataset="demo", options=TranscodeOptions(copy=True)))
     return {"found": result.found, "written": result.written, "bytes": result.bytes}
 
 

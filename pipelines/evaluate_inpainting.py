@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmae_video.config import Settings, settings_toml, with_overrides
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.stream import build_stream
 from diffmae_video.errors import UsageError
 from diffmae_video.evaluation.image_metrics import Closeness

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffmae_video.config import Settings, SourceSettings, validate_settings, with_overrides
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.stream import build_stream
 from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.models.diffmae import DiffMAE

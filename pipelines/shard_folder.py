@@ -7,15 +7,67 @@ import json
 import os
 import re
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from diffmae_video.data.manifest import MANIFEST, TABLE
 from diffmae_video.data.remote import filesystem, is_remote, join, read_file
-from diffmae_video.data.shards import MANIFEST, TABLE
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines.shard_job import PARTS, is_there, parts_of
 
 REJECTED = "rejected.jsonl"
+
+
+@contextlib.contextmanager
+def hold(out: str) -> Iterator[None]:
+    """Hold a local destination alone while the block runs; stores have no locks.
+
+    Raises:
+        UsageError: another process writes there, or it cannot be written.
+    """
+    if is_remote(out):
+        yield
+        return
+    if os.path.isfile(out):
+        raise UsageError(f"{out} is a file; name a folder for the shards.")
+    folder = Path(parts_of(out))
+    lock, holder = FileLock(folder / "lock"), folder / "holder"
+    try:
+        while not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            if not Path(lock.lock_file).exists():  # the run that held it has just ended and removed it
+                lock.release()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except Timeout:
+        try:
+            name = holder.read_text(encoding="utf-8")
+        except OSError:
+            name = "another process"
+        raise UsageError(f"{out} is in use by {name}; wait for it, or name another folder.") from None
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); name another folder.") from error
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        if {path.name for path in folder.glob("*")} == {"lock"}:  # nothing is left to go on with
+            forget(out)
+        lock.release()
+
+
+def forget(out: str) -> None:
+    """Remove what only an unfinished run needs."""
+    if is_remote(out):
+        files, inner = filesystem(parts_of(out))
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(inner, recursive=True)
+    else:
+        shutil.rmtree(parts_of(out), ignore_errors=True)
 
 
 def compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -24,8 +76,6 @@ def compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any]
         files, inner = filesystem(out)
         names = {path.rstrip("/").rpartition("/")[2] for path in files.find(inner)} if files.exists(inner) else set()
     else:
-        if os.path.isfile(out):
-            raise UsageError(f"{out} is a file; name a folder for the shards.")
         names = set(os.listdir(out)) if os.path.isdir(out) else set()
     before, body = None, None
     if MANIFEST in names:
@@ -50,7 +100,6 @@ def compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any]
     if body is not None and all(is_there(out, info) for info in body["shards"]):
         return body
     if not is_remote(out):
-        os.makedirs(parts_of(out), exist_ok=True)
         for leftover in Path(parts_of(out)).glob("*.tmp"):
             leftover.unlink(missing_ok=True)
     return None
@@ -84,7 +133,8 @@ def _clear(out: str) -> None:
             if _is_ours(path.rpartition("/")[2]) or f"/{PARTS}/" in path:
                 files.rm_file(path)
         return
-    for path in Path(out).iterdir() if Path(out).is_dir() else ():
+    for path in Path(out).iterdir():
         if _is_ours(path.name):
             path.unlink()
-    shutil.rmtree(parts_of(out), ignore_errors=True)
+    for path in Path(parts_of(out)).glob("*.json"):
+        path.unlink()

@@ -13,11 +13,12 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffmae_video.data.manifest import ShardInfo
 from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, write_file
-from diffmae_video.data.shards import ShardInfo, TarShard
+from diffmae_video.data.shards import TarShard
 from diffmae_video.data.transcode import options_from_json
 from diffmae_video.data.workers import POOL
-from diffmae_video.errors import DataError
+from diffmae_video.errors import StorageError
 from diffmae_video.files import sync_path
 
 STOP = threading.Event()
@@ -34,7 +35,7 @@ def parts_of(out: str) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class TarJob:
     """One shard to make; plain values, so that it travels to other machines."""
 
     name: str
@@ -54,7 +55,7 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(job: TarJob) -> dict[str, Any]:
     """Make one shard, or find it made. Returns {info, rows, rejected, skipped}; runs on any machine."""
     part = join(parts_of(job.out), f"{job.name}.json")
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -78,6 +79,8 @@ def run_job(job: Job) -> dict[str, Any]:
                 outcome = worker.run(join(job.source, path), options, span)
                 if STOP.is_set():  # the worker was killed; its clip is not to blame
                     raise CancelledError("interrupted")
+                if outcome.kind == "storage":
+                    raise StorageError(outcome.error)
                 if outcome.kind:
                     rejected.append({"path": path, "reason": outcome.kind, "detail": outcome.error})
                     continue
@@ -97,10 +100,10 @@ def run_job(job: Job) -> dict[str, Any]:
         return report | {"skipped": False}
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
+            raise StorageError(
                 f"The disk of {job.out} is full; free space and run again, finished shards stay."
             ) from error
-        raise
+        raise StorageError(f"{job.out} cannot be written ({error.strerror or error}); run again later.") from error
     finally:
         sink.abandoned = True
         POOL.give(worker)

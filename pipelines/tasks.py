@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from diffmae_video.data.datasets import dataset_info, dataset_names
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.predictions import class_difference
 from diffmae_video.pipelines.workspace import Workspace

@@ -6,8 +6,9 @@ import os
 import zlib
 from dataclasses import dataclass, field
 
+from diffmae_video.data.manifest import MEDIA_SUFFIXES, Manifest
 from diffmae_video.data.remote import filesystem, is_remote, join
-from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
+from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.data.workers import Worker
 from diffmae_video.errors import DataError

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffmae_video.config import DataSettings
+from diffmae_video.data.datasets import is_directional
 from diffmae_video.data.decode import Video
 from diffmae_video.data.images import open_image
+from diffmae_video.data.manifest import MEDIA_SUFFIXES, Manifest
 from diffmae_video.data.order import clip_seeds, mix
 from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
-from diffmae_video.data.shards import MEDIA_SUFFIXES, Manifest, ShardReader
-from diffmae_video.data.transforms import ClipTransform, as_generator
-from diffmae_video.errors import DataError
+from diffmae_video.data.shards import ShardReader
+from diffmae_video.data.transforms import as_generator, build_transforms
+from diffmae_video.errors import DataError, StorageError
 
 _SUBSTITUTES = 8  # other samples that are tried in place of an unreadable one
 
@@ -56,31 +58,47 @@ class Request:
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of a worker, told in the main process."""
+    """An error of a worker, raised in the main process."""
 
     message: str
+    storage: bool = False
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What one rank reads of a folder of shards, and how it is cut into batches.
+
+    Attributes:
+        split: which split of the manifest.
+        frames, size: T, and (H, W) of a clip.
+        videos, repeats: videos in a batch of this rank, and clips from each of them.
+        training: endless, shuffled and augmented; otherwise one pass in stored order, centre crop, centre clip.
+        seed: of the order and of every draw.
+        rank, world: which part of each global batch.
+        number: place of this source in a joint mix (`Batch.source`).
+    """
+
+    split: str
+    frames: int
+    size: tuple[int, int]
+    videos: int
+    repeats: int = 1
+    training: bool = True
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    number: int = 0
 
 
 class ClipReader(Dataset):
     """Read, decode and augment the samples of a request; lives in the workers."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        split: str,
-        data: DataSettings,
-        frames: int,
-        repeats: int,
-        training: bool,
-        seed: int,
-        transform: ClipTransform,
-        number: int,
-        directional: bool,
-    ):
-        self.manifest, self.split, self.data = manifest, split, data
-        self.frames, self.repeats, self.training, self.seed = frames, repeats, training, seed
-        self.transform, self.number, self.directional = transform, number, directional
-        self.table = manifest.samples(split)
+    def __init__(self, manifest: Manifest, data: DataSettings, plan: StreamPlan):
+        self.manifest, self.data, self.plan = manifest, data, plan
+        directional = manifest.directional
+        self.directional = is_directional(manifest.dataset) if directional is None else directional
+        self.transform = build_transforms(data, plan.size, plan.training, self.directional)
+        self.table = manifest.samples(plan.split)
         self.reader: ShardReader | None = None
 
     def close(self) -> None:
@@ -92,7 +110,7 @@ class ClipReader(Dataset):
         try:
             return self._batch(request)
         except DataError as error:
-            return Failure(str(error))
+            return Failure(str(error), isinstance(error, StorageError))
 
     def _batch(self, request: Request) -> Batch:
         if self.reader is None:
@@ -105,24 +123,26 @@ class ClipReader(Dataset):
         seeds: list[int] = []
         for wanted, epoch in zip(request.samples.tolist(), request.epochs.tolist(), strict=True):
             for sample in self._candidates(wanted, epoch):
-                draws = clip_seeds(self.seed, epoch, np.int64(sample), np.arange(self.repeats))
+                draws = clip_seeds(self.plan.seed, epoch, np.int64(sample), np.arange(self.plan.repeats))
                 try:
                     clips += self._read(sample, draws.tolist())
+                except StorageError:  # says nothing about the sample
+                    raise
                 except (DataError, OSError, ValueError, MemoryError) as error:
                     reason = "unreadable" if isinstance(error, DataError) else type(error).__name__
                     bad[reason] = bad.get(reason, 0) + 1
                     last = error
                     continue
-                samples += [sample] * self.repeats
+                samples += [sample] * self.plan.repeats
                 seeds += draws.tolist()
                 break
             else:
-                if self.training:
+                if self.plan.training:
                     raise DataError(
                         f"{_SUBSTITUTES + 1} samples in a row cannot be read, the last one because: {last} "
                         f"Run `diffmae verify --decode {self.manifest.root}`."
                     )
-        shape = (0, self.frames, 3, *self.transform.size)
+        shape = (0, self.plan.frames, 3, *self.transform.size)
         index = np.asarray(samples, np.int64)
         return Batch(
             clips=torch.stack(clips) if clips else torch.empty(shape, dtype=torch.uint8),  # (B, T, C, H, W)
@@ -133,20 +153,20 @@ class ClipReader(Dataset):
             epoch=int(request.epochs[0]),
             position=request.position,
             bad=bad,
-            source=self.number,
+            source=self.plan.number,
             directional=self.directional,
         )
 
     def _candidates(self, sample: int, epoch: int) -> list[int]:
         """The sample itself and, in training, others that may stand in for it, chosen by (seed, epoch, sample)."""
-        if not self.training:
+        if not self.plan.training:
             return [sample]
-        others = mix(self.seed, epoch, sample, 0xBAD + np.arange(_SUBSTITUTES)) % np.uint64(len(self.table))
+        others = mix(self.plan.seed, epoch, sample, 0xBAD + np.arange(_SUBSTITUTES)) % np.uint64(len(self.table))
         return [sample, *others.astype(np.int64).tolist()]
 
     def _read(self, sample: int, seeds: list[int]) -> list[Tensor]:
         """`repeats` clips of one sample, each uint8 (T, C, H, W)."""
-        stored = self.reader.read(self.split, sample, meta=False)
+        stored = self.reader.read(self.plan.split, sample, meta=False)
         generators = [as_generator(seed) for seed in seeds]
         if stored.suffix in MEDIA_SUFFIXES["image"]:
             return self._read_image(stored.data, generators)
@@ -163,16 +183,16 @@ class ClipReader(Dataset):
             indices = [self.frame_numbers(frames, fps, generator) for generator in generators]
             boxes = [self.transform.box(width, height, generator) for generator in generators]
             clips = video.clips(indices, boxes, self.transform.size)
-        if not self.training:
+        if not self.plan.training:
             return [clip.frames for clip in clips]
         return [self.transform.augment(clip.frames, draw) for clip, draw in zip(clips, generators, strict=True)]
 
     def frame_numbers(self, frames: int, fps: float, generator: torch.Generator) -> list[int]:
         """Frames of one clip: from a random place in training, from the middle when testing."""
-        draws = generator if self.training else None
+        draws = generator if self.plan.training else None
         if self.data.clip_seconds and fps > 0:
-            return frames_by_seconds(frames, fps, self.frames, self.data.clip_seconds, draws)
-        return frames_by_stride(frames, self.frames, self.data.stride, draws)
+            return frames_by_seconds(frames, fps, self.plan.frames, self.data.clip_seconds, draws)
+        return frames_by_stride(frames, self.plan.frames, self.data.stride, draws)
 
     def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:
         from PIL import Image, ImageOps
@@ -185,8 +205,8 @@ class ClipReader(Dataset):
             box = (left, top, left + width, top + height)
             small = upright.resize((columns, rows), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
             clip = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]  # (1, C, H, W)
-            clip = clip.expand(self.frames, -1, -1, -1).contiguous()  # (T, C, H, W)
-            clips.append(self.transform.augment(clip, generator) if self.training else clip)
+            clip = clip.expand(self.plan.frames, -1, -1, -1).contiguous()  # (T, C, H, W)
+            clips.append(self.transform.augment(clip, generator) if self.plan.training else clip)
         return clips
 
 
@@ -194,6 +214,8 @@ def start_worker(number: int) -> None:
     """Workers use one thread and leave signals to the training process, whose handlers they inherited."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # timeout, Slurm and launchers signal the whole group: live on while the training process ends its step and saves
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        # timeout, Slurm and launchers signal the whole group: live on while the training process saves
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.remote import filesystem, join, retry
-from diffmae_video.data.shards import Manifest
 from diffmae_video.errors import DataError
 from diffmae_video.files import sha256_of
 
@@ -48,7 +47,7 @@ class ShardCache:
         """
         info = self.manifest.shards[shard]
         path = self.folder / info.name.replace("/", "_")
-        with self._lock(path.with_suffix(".lock")):
+        with FileLock(path.with_suffix(".lock")):
             if not (path.exists() and path.stat().st_size == info.bytes):
                 self._make_room(info.bytes, keep=path)
                 self._download(join(self.manifest.root, info.name), path, info.bytes, info.sha256)
@@ -94,7 +93,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int, keep: Path) -> None:
-        with self._lock(self.base / "evict.lock"):
+        with FileLock(self.base / "evict.lock"):
             found = []
             for path in self.base.glob("*/*.tar*"):
                 with contextlib.suppress(FileNotFoundError):
@@ -109,9 +108,3 @@ class ShardCache:
                     return
                 path.unlink(missing_ok=True)
                 total -= taken
-
-    @contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        with open(path, "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield

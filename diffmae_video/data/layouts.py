@@ -11,7 +11,6 @@ import hashlib
 import io
 import posixpath
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 from diffmae_video.data.listing import (
@@ -25,8 +24,8 @@ from diffmae_video.data.listing import (
     number_of,
     split_of,
 )
-from diffmae_video.data.published import hmdb51, imagenet, kinetics, ssv2, ucf101
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.registry import layouts
 
 _LISTS = SPLITS | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
 _PATH_COLUMNS = {"path", "file", "filename", "filepath", "file_path", "video", "video_path", "clip"}
@@ -37,7 +36,7 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
 
     Args:
         source: folder or URL; or a CSV/TSV file of path,label[,split][,start,end] with paths relative to its folder.
-        layout: `auto`, or a key of LAYOUTS.
+        layout: `auto`, or the name of one.
         kind: `video` or `image`.
         fold: which of the three official splits of UCF101 and HMDB51.
 
@@ -45,8 +44,11 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
         DataError: nothing is there.
         UsageError: an unknown layout.
     """
-    if layout != "auto" and layout not in LAYOUTS:
-        raise UsageError(f"--layout {layout} is not known; choose one of auto, {', '.join(LAYOUTS)}.")
+    if layout != "auto":
+        try:
+            layouts.check(layout)
+        except ValueError as error:
+            raise UsageError(f"--layout {layout}: {error}, or auto.") from error
     extensions = VIDEO_EXTENSIONS if kind == "video" else IMAGE_EXTENSIONS
     table = None
     if source.lower().endswith((".csv", ".tsv")):
@@ -61,7 +63,7 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
         if not tree.paths:
             raise DataError(f"{source} is empty or missing; give the folder that holds the {kind}s.")
         name = layout if layout != "auto" else _guess(tree)
-        listing = LAYOUTS[name](tree, fold)
+        listing = layouts.get(name)(tree, fold)
         if listing is None:
             raise DataError(f"{source} does not look like the layout {name!r}; leave --layout out to have it guessed.")
         listing.layout = name
@@ -74,10 +76,9 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
 
 
 def _guess(tree: Tree) -> str:
-    for name in ("ssv2", "ucf101", "hmdb51", "kinetics", "imagenet", "lists", "table", "folders"):
-        if LAYOUTS[name](tree, 1) is not None:
-            return name
-    return "flat"
+    """The first layout that the folder looks like; those of other packages come first, they are the most particular."""
+    names = sorted(layouts.names(), key=lambda name: layouts.get(name).__module__.startswith("diffmae_video."))
+    return next(name for name in names if layouts.get(name)(tree, 1) is not None)
 
 
 def _with_keys(items: list[Item]) -> list[Item]:
@@ -97,6 +98,7 @@ def _with_keys(items: list[Item]) -> list[Item]:
     return [item for _, item in keyed]
 
 
+@layouts.register("lists")
 def _lists(tree: Tree, fold: int) -> Listing | None:
     """Lists of mmaction2, SlowFast and VideoMAE: lines of `path label`, or `path total label`, without a header."""
     listing, found = Listing("lists"), False
@@ -138,6 +140,18 @@ def _lists(tree: Tree, fold: int) -> Listing | None:
     return listing
 
 
+@layouts.register("table")
+def _any_table(tree: Tree, fold: int) -> Listing | None:
+    """A single CSV/TSV with a `path` column at the top of the folder."""
+    for path in tree.paths:
+        if "/" not in path and path.lower().endswith((".csv", ".tsv")):
+            head = re.split(r"[,\t]", (tree.text(path).splitlines() or [""])[0].lower())
+            if _PATH_COLUMNS & {name.strip() for name in head}:
+                return _table(tree, path)
+    return None
+
+
+@layouts.register("folders")
 def _folders(tree: Tree, fold: int) -> Listing | None:
     """Class folders, directly or below split folders; underscores in names stay as they are."""
     media = [path for path in tree.media if "/" in path or "." in path]  # README, LICENSE at the top are no clips
@@ -154,19 +168,10 @@ def _folders(tree: Tree, fold: int) -> Listing | None:
     return listing
 
 
+@layouts.register("flat")
 def _flat(tree: Tree, fold: int) -> Listing:
     """Unlabelled files, wherever they are."""
     return Listing("flat", items=[Item(path, split_of(path) or "train", None) for path in tree.media])
-
-
-def _any_table(tree: Tree, fold: int) -> Listing | None:
-    """A single CSV/TSV with a `path` column at the top of the folder."""
-    for path in tree.paths:
-        if "/" not in path and path.lower().endswith((".csv", ".tsv")):
-            head = re.split(r"[,\t]", (tree.text(path).splitlines() or [""])[0].lower())
-            if _PATH_COLUMNS & {name.strip() for name in head}:
-                return _table(tree, path)
-    return None
 
 
 def _table(tree: Tree, name: str) -> Listing:
@@ -202,16 +207,3 @@ def _table(tree: Tree, name: str) -> Listing:
             taken.add((path, split, start, end))
             listing.items.append(Item(path, split, cells.get("label") or None, start, end))
     return listing
-
-
-LAYOUTS: dict[str, Callable[[Tree, int], Listing | None]] = {
-    "kinetics": kinetics,
-    "lists": _lists,
-    "ssv2": ssv2,
-    "ucf101": ucf101,
-    "hmdb51": hmdb51,
-    "imagenet": imagenet,
-    "folders": _folders,
-    "table": _any_table,
-    "flat": _flat,
-}

@@ -6,11 +6,14 @@ below and are refused without a file or a socket being opened.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, StorageError
 
 
 @dataclass(frozen=True)
@@ -114,20 +117,50 @@ def read_bytes(source: bytes | memoryview | str | Path, limits: Limits = DEFAULT
     """The bytes of a local file, its size checked first; bytes come back as they are.
 
     Raises:
-        DataError: the file is missing, unreadable or above the limit.
+        DataError: the file is missing, unreadable, no plain file (a pipe, a device), or above the limit.
+        StorageError: the disk or server that holds it does not answer.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) > limits.bytes:
             raise DataError(f"The file has {len(source)} bytes, above the limit of {limits.bytes}; leave it out.")
         return source if isinstance(source, bytes) else bytes(source)
     try:
-        with open(source, "rb") as file:
+        with _open_plain(source) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limits.bytes:
                 raise DataError(f"{source} has {size} bytes, above the limit of {limits.bytes}; leave it out.")
-            return file.read()
+            return file.read(size or 1 << 20)  # files below /proc say 0
     except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror or error}); check the path.") from error
+        raise access_error(str(source), error) from error
+
+
+def read_head(path: str | Path, size: int = 1024) -> bytes:
+    """The first bytes of a local file, for `sniff`; raises as `read_bytes` does."""
+    try:
+        with _open_plain(path) as file:
+            return file.read(size)
+    except OSError as error:
+        raise access_error(str(path), error) from error
+
+
+def _open_plain(path: str | Path) -> BinaryIO:
+    """Open a file, but no pipe (which would wait for a writer) and no device (which may never end)."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DataError(f"{path} is no plain file but a pipe, device or folder; name a file.")
+    return file
+
+
+_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def access_error(path: str, error: OSError) -> DataError:
+    """The error for a file that cannot be read: a DataError where the file is to blame, else a StorageError."""
+    told = error.strerror or str(error)
+    if error.errno in _OF_THE_FILE:
+        return DataError(f"{path} cannot be read ({told}); check the path.")
+    return StorageError(f"{path} cannot be read ({told}); check the disk or server, then run again.")
 
 
 def demuxer_of(data: bytes) -> str:

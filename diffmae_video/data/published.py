@@ -1,6 +1,7 @@
-"""Layouts of published data sets: Kinetics, Something-Something V2, UCF101, HMDB51, ImageNet.
+"""Layouts of published data sets: Something-Something V2, UCF101, HMDB51, Kinetics, ImageNet.
 
-Every layout is one function `(tree, fold) -> Listing | None`: None where the folder does not look like it.
+A layout is one function `(tree, fold) -> Listing | None`: None where the folder does not look like it. Where the layout
+is not named, they are tried in the order of this file, then those of layouts.py.
 """
 
 from __future__ import annotations
@@ -14,8 +15,79 @@ import re
 from diffmae_video.data.listing import SPLITS, Item, Listing, Rejection, Tree, number_of, split_of, stem_of
 from diffmae_video.data.remote import join, read_file
 from diffmae_video.errors import DataError
+from diffmae_video.registry import layouts
 
 
+@layouts.register("ssv2")
+def ssv2(tree: Tree, fold: int) -> Listing | None:
+    """Something-Something V2: JSON lists with templates; videos `<id>.webm` or `.mp4`."""
+    tables = {}
+    for path in tree.paths:
+        match = re.search(r"(?:something-something-v2-|^|/)(labels|train|validation|test)\.json$", path)
+        if match:
+            tables[match[1]] = path
+    if "labels" not in tables or "train" not in tables:
+        return None
+    names = json.loads(tree.text(tables["labels"]))
+    listing = Listing("ssv2", classes=[name for name, _ in sorted(names.items(), key=lambda pair: int(pair[1]))])
+    files = {stem_of(path): path for path in tree.media}
+    for table, split in (("train", "train"), ("validation", "val"), ("test", "test")):
+        for row in json.loads(tree.text(tables[table])) if table in tables else ():
+            path = files.get(str(row["id"]))
+            label = row["template"].replace("[", "").replace("]", "") if "template" in row else None
+            if path is None:
+                listing.rejected.append(Rejection(f"{row['id']}.webm", split, "missing", f"{tables[table]} names it"))
+            elif label is not None and label not in names:
+                listing.rejected.append(Rejection(path, split, "label", f"{label!r} is not in {tables['labels']}"))
+            else:
+                listing.items.append(Item(path, split, label))
+    return listing
+
+
+@layouts.register("ucf101")
+def ucf101(tree: Tree, fold: int) -> Listing | None:
+    """UCF101: classInd.txt and {train,test}list0N.txt; the test list becomes split `val`."""
+    tables = {posixpath.basename(path): path for path in tree.paths if path.endswith(".txt")}
+    if "classInd.txt" not in tables:
+        return None
+    classes = dict(line.split()[::-1] for line in tree.text(tables["classInd.txt"]).splitlines() if line.strip())
+    listing = Listing("ucf101", classes=[name for name, _ in sorted(classes.items(), key=lambda pair: int(pair[1]))])
+    files = {stem_of(path): path for path in tree.media}
+    for name, split in ((f"trainlist0{fold}.txt", "train"), (f"testlist0{fold}.txt", "val")):
+        for line in tree.text(tables[name]).splitlines() if name in tables else ():
+            if line.strip():
+                relative = line.split()[0]
+                path = files.get(stem_of(relative))
+                if path is None:
+                    listing.rejected.append(Rejection(relative, split, "missing", f"{name} names it"))
+                else:
+                    listing.items.append(Item(path, split, relative.split("/")[0]))
+    return listing
+
+
+@layouts.register("hmdb51")
+def hmdb51(tree: Tree, fold: int) -> Listing | None:
+    """HMDB51: `<class>_test_splitN.txt` with 1 = train, 2 = test (split `val`), 0 = not used."""
+    tables = [path for path in tree.paths if path.endswith(f"_test_split{fold}.txt")]
+    if not tables:
+        return None
+    listing = Listing("hmdb51")
+    files = {stem_of(path): path for path in tree.media}
+    for table in tables:
+        label = posixpath.basename(table).removesuffix(f"_test_split{fold}.txt")
+        for line in tree.text(table).splitlines():
+            name, _, use = line.strip().rpartition(" ")
+            if use in ("1", "2"):
+                split = "train" if use == "1" else "val"
+                path = files.get(stem_of(name.strip()))
+                if path is None:
+                    listing.rejected.append(Rejection(name.strip(), split, "missing", f"{table} names it"))
+                else:
+                    listing.items.append(Item(path, split, label))
+    return listing
+
+
+@layouts.register("kinetics")
 def kinetics(tree: Tree, fold: int) -> Listing | None:
     """Kinetics: {train,val,test}.csv beside flat folders, class folders, `videos_train/`, with or without times."""
     tables = {}
@@ -74,72 +146,7 @@ def kinetics(tree: Tree, fold: int) -> Listing | None:
     return listing
 
 
-def ssv2(tree: Tree, fold: int) -> Listing | None:
-    """Something-Something V2: JSON lists with templates; videos `<id>.webm` or `.mp4`."""
-    tables = {}
-    for path in tree.paths:
-        match = re.search(r"(?:something-something-v2-|^|/)(labels|train|validation|test)\.json$", path)
-        if match:
-            tables[match[1]] = path
-    if "labels" not in tables or "train" not in tables:
-        return None
-    names = json.loads(tree.text(tables["labels"]))
-    listing = Listing("ssv2", classes=[name for name, _ in sorted(names.items(), key=lambda pair: int(pair[1]))])
-    files = {stem_of(path): path for path in tree.media}
-    for table, split in (("train", "train"), ("validation", "val"), ("test", "test")):
-        for row in json.loads(tree.text(tables[table])) if table in tables else ():
-            path = files.get(str(row["id"]))
-            label = row["template"].replace("[", "").replace("]", "") if "template" in row else None
-            if path is None:
-                listing.rejected.append(Rejection(f"{row['id']}.webm", split, "missing", f"{tables[table]} names it"))
-            elif label is not None and label not in names:
-                listing.rejected.append(Rejection(path, split, "label", f"{label!r} is not in {tables['labels']}"))
-            else:
-                listing.items.append(Item(path, split, label))
-    return listing
-
-
-def ucf101(tree: Tree, fold: int) -> Listing | None:
-    """UCF101: classInd.txt and {train,test}list0N.txt; the test list becomes split `val`."""
-    tables = {posixpath.basename(path): path for path in tree.paths if path.endswith(".txt")}
-    if "classInd.txt" not in tables:
-        return None
-    classes = dict(line.split()[::-1] for line in tree.text(tables["classInd.txt"]).splitlines() if line.strip())
-    listing = Listing("ucf101", classes=[name for name, _ in sorted(classes.items(), key=lambda pair: int(pair[1]))])
-    files = {stem_of(path): path for path in tree.media}
-    for name, split in ((f"trainlist0{fold}.txt", "train"), (f"testlist0{fold}.txt", "val")):
-        for line in tree.text(tables[name]).splitlines() if name in tables else ():
-            if line.strip():
-                relative = line.split()[0]
-                path = files.get(stem_of(relative))
-                if path is None:
-                    listing.rejected.append(Rejection(relative, split, "missing", f"{name} names it"))
-                else:
-                    listing.items.append(Item(path, split, relative.split("/")[0]))
-    return listing
-
-
-def hmdb51(tree: Tree, fold: int) -> Listing | None:
-    """HMDB51: `<class>_test_splitN.txt` with 1 = train, 2 = test (split `val`), 0 = not used."""
-    tables = [path for path in tree.paths if path.endswith(f"_test_split{fold}.txt")]
-    if not tables:
-        return None
-    listing = Listing("hmdb51")
-    files = {stem_of(path): path for path in tree.media}
-    for table in tables:
-        label = posixpath.basename(table).removesuffix(f"_test_split{fold}.txt")
-        for line in tree.text(table).splitlines():
-            name, _, use = line.strip().rpartition(" ")
-            if use in ("1", "2"):
-                split = "train" if use == "1" else "val"
-                path = files.get(stem_of(name.strip()))
-                if path is None:
-                    listing.rejected.append(Rejection(name.strip(), split, "missing", f"{table} names it"))
-                else:
-                    listing.items.append(Item(path, split, label))
-    return listing
-
-
+@layouts.register("imagenet")
 def imagenet(tree: Tree, fold: int) -> Listing | None:
     """ImageNet: train/<wnid>/; val/<wnid>/, or flat val with a ground-truth list.
 

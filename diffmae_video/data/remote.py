@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffmae_video.errors import DataError, DiffmaeError, UsageError
+from diffmae_video.errors import DataError, DiffmaeError, StorageError, UsageError
 from diffmae_video.files import sync_path, write_atomic
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "memory", "file", "http", "https")
@@ -50,11 +50,11 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UsageError(f"{url} cannot be opened ({error}); {hint}.") from error
 
 
-def retry(action: Callable[[], _T], what: str, attempts: int = RETRIES, wait: float = 0.2) -> _T:
+def retry(action: Callable[[], _T], what: str, attempts: int = RETRIES, wait: float = 0.5) -> _T:
     """Run an action on a remote; failures other than a missing file are tried again, each time later.
 
     Raises:
-        DataError: it failed every time.
+        StorageError: it failed every time.
     """
     for attempt in range(attempts):
         try:
@@ -63,10 +63,10 @@ def retry(action: Callable[[], _T], what: str, attempts: int = RETRIES, wait: fl
             raise
         except Exception as error:  # storage libraries raise their own kinds
             if attempt == attempts - 1:
-                raise DataError(
+                raise StorageError(
                     f"{what} failed {attempts} times ({error}); check the connection and run again."
                 ) from error
-            time.sleep(wait * 2**attempt)
+            time.sleep(wait * 3**attempt)
     raise AssertionError("unreachable")
 
 

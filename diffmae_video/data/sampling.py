@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 
 import diffmae_video.compat  # noqa: F401
 
 import torch
+
+from diffmae_video.data.transforms import draws_from
 
 
 def frames_by_stride(frames: int, count: int, stride: int, generator: torch.Generator | None) -> list[int]:
@@ -35,11 +36,9 @@ def frames_by_seconds(
     duration = frames / fps
     if generator is None:
         start = max(0.0, duration - seconds) / 2
-    else:  # the sampler draws from Python's generator: seed it for this clip, and leave it as it was
-        state = random.getstate()
-        random.seed(int(torch.randint(0, 2**62, (), generator=generator)))
-        start = float(RandomClipSampler(seconds)(0.0, duration, {}).clip_start_sec)
-        random.setstate(state)
+    else:
+        with draws_from(generator):
+            start = float(RandomClipSampler(seconds)(0.0, duration, {}).clip_start_sec)
     first = min(math.ceil(start * fps - 1e-6), frames - 1)
     last = min(max(first, math.ceil((start + seconds) * fps - 1e-6) - 1), frames - 1)
     return torch.linspace(first, last, count).long().tolist()

@@ -8,6 +8,7 @@ number of ranks or workers without losing or repeating a sample.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffmae_video.config import DataSettings, Settings, SourceSettings
-from diffmae_video.data.batches import Batch, ClipReader, Failure, Request, start_worker
-from diffmae_video.data.datasets import is_directional
+from diffmae_video.data.batches import Batch, ClipReader, Failure, Request, StreamPlan, start_worker
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.order import epoch_order, label_subset
 from diffmae_video.data.remote import is_remote
-from diffmae_video.data.shards import Manifest
-from diffmae_video.data.transforms import build_transforms
-from diffmae_video.errors import DataError, UsageError
+from diffmae_video.errors import DataError, StorageError, UsageError
 
 
 def build_stream(
@@ -61,10 +60,8 @@ def build_stream(
     repeats = ((source and source.repeats) or data.repeats) if training else 1
     if batch_size % repeats:
         raise UsageError(f"{batch_size} clips a batch do not divide into {repeats} repeats; change data.repeats.")
-    return ClipStream(
-        manifest,
-        split,
-        data,
+    plan = StreamPlan(
+        split=split,
         frames=frames,
         size=tuple(size),
         videos=batch_size // repeats,
@@ -75,6 +72,11 @@ def build_stream(
         world=world,
         number=number,
     )
+    return ClipStream(manifest, data, plan)
+
+
+_START = "fork" if sys.platform == "linux" else "spawn"
+"""How data workers start: copies of this process where that is safe and quick, fresh ones elsewhere."""
 
 
 class ClipStream:
@@ -85,39 +87,17 @@ class ClipStream:
         batches_per_epoch: batches of each rank in an epoch (rounded up: a batch may cross into the next epoch).
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        split: str,
-        data: DataSettings,
-        *,
-        frames: int,
-        size: tuple[int, int],
-        videos: int,
-        repeats: int = 1,
-        training: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        number: int = 0,
-    ):
-        self.manifest, self.split, self.data = manifest, split, data
-        self.videos, self.repeats, self.training = videos, repeats, training
-        self.seed, self.rank, self.world, self.number = seed, rank, world, number
-        table = manifest.samples(split)
-        fraction = data.label_fraction if training else 1.0
-        self._subset = label_subset(table.label, fraction, seed) if fraction < 1 else None
+    def __init__(self, manifest: Manifest, data: DataSettings, plan: StreamPlan):
+        self.manifest, self.data, self.plan = manifest, data, plan
+        table = manifest.samples(plan.split)
+        fraction = data.label_fraction if plan.training else 1.0
+        self._subset = label_subset(table.label, fraction, plan.seed) if fraction < 1 else None
         self._shards = table.shard if self._subset is None else table.shard[self._subset]
         self.samples_per_epoch = len(self._shards)
         if not self.samples_per_epoch:
-            raise DataError(f"Split {split!r} of {manifest.root} holds no sample to use; choose another split.")
-        self.batches_per_epoch = math.ceil(self.samples_per_epoch / (videos * world))
-        directional = manifest.directional
-        self.directional = is_directional(manifest.dataset) if directional is None else directional
-        transform = build_transforms(data, size, training, self.directional)
-        self._clips = ClipReader(
-            manifest, split, data, frames, repeats, training, seed, transform, number, self.directional
-        )
+            raise DataError(f"Split {plan.split!r} of {manifest.root} holds no sample to use; choose another split.")
+        self.batches_per_epoch = math.ceil(self.samples_per_epoch / (plan.videos * plan.world))
+        self._clips = ClipReader(manifest, data, plan)
         self._remote = is_remote(manifest.root)
         shards = len(np.unique(self._shards)) if self._remote else 1
         self._block_samples = self.samples_per_epoch * min(data.shuffle_block, shards) // shards
@@ -180,11 +160,11 @@ class ClipStream:
         self.close()
 
     def _requests(self) -> Iterator[Request]:
-        position, step = self.position, self.videos * self.world
-        end = None if self.training else self.samples_per_epoch
+        position, step = self.position, self.plan.videos * self.plan.world
+        end = None if self.plan.training else self.samples_per_epoch
         while end is None or position < end:
-            first = position + self.rank * self.videos
-            last = first + self.videos if end is None else min(first + self.videos, end)
+            first = position + self.plan.rank * self.plan.videos
+            last = first + self.plan.videos if end is None else min(first + self.plan.videos, end)
             position = position + step if end is None else min(position + step, end)
             places = np.arange(first, max(first, last))
             epochs, within = np.divmod(places, self.samples_per_epoch)
@@ -192,7 +172,7 @@ class ClipStream:
             for epoch in np.unique(epochs):
                 samples[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
             if len(samples):
-                yield Request(samples, epochs if self.training else epochs * 0, position, self._upcoming(position))
+                yield Request(samples, epochs if self.plan.training else epochs * 0, position, self._upcoming(position))
 
     def _upcoming(self, position: int) -> tuple[int, ...]:
         """Shards of the samples that come one block of shards after `position`, in the order they come."""
@@ -200,25 +180,25 @@ class ClipStream:
             return ()
         ahead = position + self._block_samples
         epoch, first = divmod(ahead, self.samples_per_epoch)
-        if not self.training and epoch:
+        if not self.plan.training and epoch:
             return ()
-        samples = self._order(epoch)[first : first + self.videos * self.world]
-        return tuple(dict.fromkeys(self.manifest.samples(self.split).shard[samples].tolist()))
+        samples = self._order(epoch)[first : first + self.plan.videos * self.plan.world]
+        return tuple(dict.fromkeys(self.manifest.samples(self.plan.split).shard[samples].tolist()))
 
     def _order(self, epoch: int) -> np.ndarray:
-        if not self.training:
+        if not self.plan.training:
             return np.arange(self.samples_per_epoch)
         if epoch not in self._orders:
             for old in sorted(self._orders)[:-1]:
                 del self._orders[old]
-            order = epoch_order(self._shards, self.seed, epoch, self.data.shuffle_block)
+            order = epoch_order(self._shards, self.plan.seed, epoch, self.data.shuffle_block)
             self._orders[epoch] = order if self._subset is None else self._subset[order]
         return self._orders[epoch]
 
     def _account(self, batch: Batch) -> None:
         """Move the state past a batch that is handed out, and stop a run whose data is mostly unreadable."""
         self.epoch, self.consumed = divmod(batch.position, self.samples_per_epoch)
-        self._seen += self.videos
+        self._seen += self.plan.videos
         for reason, count in batch.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + count
         bad = sum(self.bad.values())
@@ -245,7 +225,7 @@ class _Batches(Iterator[Batch]):
             collate_fn=_identity,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context=_START if workers else None,
             in_order=True,
         )
         self.iterator = iter(self.loader)
@@ -255,7 +235,7 @@ class _Batches(Iterator[Batch]):
             raise RuntimeError("the stream was closed or its state was replaced: call iter(stream) again")
         batch = next(self.iterator)
         if isinstance(batch, Failure):
-            raise DataError(batch.message)
+            raise (StorageError if batch.storage else DataError)(batch.message)
         self.stream._account(batch)
         return batch
 

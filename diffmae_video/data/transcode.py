@@ -1,21 +1,17 @@
-"""Turn one input file into the bytes of one sample. Runs in a process of its own (`python -m`), see workers.py.
+"""Turn one input file into the bytes of one sample: scale, re-encode, keep times; runs in a process of its own.
 
-Nothing here imports torch: a worker starts in a fraction of a second.
+Nothing here imports torch: a worker (worker_process.py) starts in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import struct
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any
 
-from diffmae_video.data.media import DEFAULT_LIMITS, Limits, read_bytes, sniff
+from diffmae_video.data.media import DEFAULT_LIMITS, Limits
 from diffmae_video.errors import DataError
 
 
@@ -45,6 +41,18 @@ class TranscodeOptions:
     """JPEG quality of images that are scaled."""
     min_frames: int = 1
     limits: Limits = DEFAULT_LIMITS
+
+
+def options_to_json(options: TranscodeOptions) -> dict[str, Any]:
+    """Options as plain values, for the wire and for the record of a run."""
+    return asdict(options)
+
+
+def options_from_json(body: dict[str, Any]) -> TranscodeOptions:
+    """The inverse of `options_to_json`; what is not known is left out."""
+    known = {field.name for field in fields(TranscodeOptions)} - {"limits"}
+    limits = Limits(**body["limits"]) if "limits" in body else DEFAULT_LIMITS
+    return TranscodeOptions(**{name: value for name, value in body.items() if name in known}, limits=limits)
 
 
 def transcode(
@@ -209,92 +217,3 @@ def _image(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:
 def _enough(frames: int, options: TranscodeOptions) -> None:
     if frames < options.min_frames:
         raise DataError(f"The video has {frames} frames, fewer than --min-frames {options.min_frames}.")
-
-
-# -- the worker process --------------------------------------------------------------------------------------------
-
-
-def options_to_json(options: TranscodeOptions) -> dict[str, Any]:
-    """Options as plain values, for the wire and for the record of a run."""
-    return asdict(options)
-
-
-def options_from_json(body: dict[str, Any]) -> TranscodeOptions:
-    """The inverse of `options_to_json`."""
-    known = {field.name for field in fields(TranscodeOptions)}
-    return TranscodeOptions(**{k: (Limits(**v) if k == "limits" else v) for k, v in body.items() if k in known})
-
-
-def read_exactly(stream: BinaryIO, size: int) -> bytes:
-    """Read from a pipe until `size` bytes came.
-
-    Raises:
-        EOFError: the other end left.
-    """
-    parts = []
-    while size:
-        part = stream.read(size)
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def send(stream: BinaryIO, body: dict[str, Any], data: bytes = b"") -> None:
-    """One message: lengths, JSON, bytes. Never pickle: a worker that reads hostile files is not to be trusted."""
-    text = json.dumps(body).encode()
-    stream.write(struct.pack("<IQ", len(text), len(data)) + text)
-    stream.write(data)
-    stream.flush()
-
-
-def main() -> None:
-    """Answer requests on stdin until it closes: {path, options, span, memory} (+ bytes, instead of
-    reading the path) -> {meta, suffix} + bytes, or {error}."""
-    import resource
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # libraries that print must not break the protocol
-    memory = int(os.environ.get("DIFFMAE_WORKER_MEMORY", "0"))
-    if memory:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    from diffmae_video.data.remote import is_remote, read_file
-
-    while True:
-        try:
-            size, extra = struct.unpack("<IQ", read_exactly(requests, 12))
-            body = json.loads(read_exactly(requests, size))
-            given = read_exactly(requests, extra)
-        except EOFError:
-            return
-        try:
-            options = options_from_json(body["options"])
-            path = body["path"]
-            data = given or read_file(path) if given or is_remote(path) else read_bytes(path, options.limits)
-            span = tuple(body["span"]) if body.get("span") else None
-            result, suffix, meta = transcode(data, options, span)
-            send(answers, {"suffix": suffix, "meta": meta}, result)
-        except DataError as error:
-            kind = "unreadable" if sniff_or_none(locals().get("data")) else "not media"
-            send(answers, {"error": str(error), "kind": kind})
-        except FileNotFoundError:
-            send(answers, {"error": f"{body['path']} is gone.", "kind": "missing"})
-        except MemoryError:
-            send(answers, {"error": "The file needs more memory than a worker may take.", "kind": "memory"})
-        except Exception as error:  # a broken file must cost one clip, whatever the library raised
-            kind = "memory" if "allocate memory" in str(error) else "unreadable"
-            send(answers, {"error": f"{type(error).__name__}: {error}"[:300], "kind": kind})
-        data = given = result = None
-
-
-def sniff_or_none(data: bytes | None) -> str | None:
-    """Container of the bytes, None without any."""
-    return sniff(data[:1024]) if data else None
-
-
-if __name__ == "__main__":
-    main()
-    sys.exit(0)

@@ -1,13 +1,17 @@
 """Augmentation of a clip: one set of draws for all its frames, from a generator of its own.
 
 Crops are chosen as boxes (`ClipTransform.box`), so that the decoder can crop and scale inside swscale; everything else
-works on uint8 (T, C, H, W) with torchvision's v2 functions.
+works on uint8 (T, C, H, W). The transforms are torchvision's; RandAugment follows timm's notation, whose operations and
+ranges torchvision's has not.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import diffmae_video.compat  # noqa: F401
@@ -15,13 +19,12 @@ import diffmae_video.compat  # noqa: F401
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from diffmae_video.config import DataSettings
+from diffmae_video.data.paint import Box
 from diffmae_video.errors import UsageError
-
-Box = tuple[int, int, int, int]
-"""left, top, width, height in pixels."""
 
 
 def build_transforms(
@@ -95,8 +98,10 @@ class ClipTransform:
         rand_augment: RandAugment | None = None,
         erasing: float = 0.0,
     ):
-        self.size, self.crop, self.area, self.aspect = size, crop, area, aspect
-        self.flip, self.jitter, self.rand_augment, self.erasing = flip, jitter, rand_augment, erasing
+        self.size, self.crop, self.rand_augment, self.erasing = size, crop, rand_augment, erasing
+        self._resized = v2.RandomResizedCrop(size, scale=area, ratio=aspect)
+        self._flip = v2.RandomHorizontalFlip(flip)
+        self._jitter = v2.ColorJitter(jitter, jitter, jitter) if jitter else None
 
     def __call__(self, clip: Tensor, generator: torch.Generator | int) -> Tensor:
         """Transform one clip, uint8 (T, C, H, W) of any size -> uint8 (T, C, h, w)."""
@@ -109,7 +114,9 @@ class ClipTransform:
     def box(self, width: int, height: int, generator: torch.Generator) -> Box:
         """Choose a crop of a frame of `width` x `height` pixels."""
         if self.crop == "random_resized":
-            return self._random_resized(width, height, generator)
+            with draws_from(generator):
+                crop = self._resized.make_params([torch.empty(3, height, width, device="meta")])
+            return crop["left"], crop["top"], crop["width"], crop["height"]
         if self.crop == "multi_scale":
             return self._multi_scale(width, height, generator)
         rows, columns = self.size
@@ -121,19 +128,6 @@ class ClipTransform:
         if self.crop == "random":
             return _integer(width - columns + 1, generator), _integer(height - rows + 1, generator), columns, rows
         return (width - columns) // 2, (height - rows) // 2, columns, rows
-
-    def _random_resized(self, width: int, height: int, generator: torch.Generator) -> Box:
-        low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
-        for _ in range(10):  # Inception crop, as torchvision's RandomResizedCrop draws it
-            target = width * height * _uniform(*self.area, generator)
-            ratio = math.exp(_uniform(low, high, generator))
-            columns, rows = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-            if 0 < columns <= width and 0 < rows <= height:
-                left = _integer(width - columns + 1, generator)
-                return left, _integer(height - rows + 1, generator), columns, rows
-        ratio = min(max(width / height, self.aspect[0]), self.aspect[1])
-        columns, rows = min(width, round(height * ratio)), min(height, round(width / ratio))
-        return (width - columns) // 2, (height - rows) // 2, max(1, columns), max(1, rows)
 
     def _multi_scale(self, width: int, height: int, generator: torch.Generator) -> Box:
         """Corners, centre and the points between, at four scales (Wang et al., TSN, 2016)."""
@@ -147,48 +141,38 @@ class ClipTransform:
 
     def augment(self, clip: Tensor, generator: torch.Generator) -> Tensor:
         """Flip, RandAugment, colour jitter and erasing on a cropped clip, uint8 (T, C, h, w)."""
-        if self.flip and _uniform(0, 1, generator) < self.flip:
-            clip = clip.flip(-1)
-        if self.rand_augment:
-            clip = apply_rand_augment(clip, self.rand_augment, generator)
-        if self.jitter:
-            for adjust in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
-                clip = adjust(clip, _uniform(max(0.0, 1 - self.jitter), 1 + self.jitter, generator))
-        if self.erasing and _uniform(0, 1, generator) < self.erasing:
-            clip = erase(clip, generator)
+        clip = tv_tensors.Video(clip)
+        with draws_from(generator):
+            clip = self._flip(clip)
+            if self.rand_augment:
+                clip = apply_rand_augment(clip, self.rand_augment)
+            if self._jitter:
+                clip = self._jitter(clip)
+            if self.erasing and random.random() < self.erasing:
+                clip = erase(clip)
         return clip.as_subclass(Tensor)
 
 
-def erase(clip: Tensor, generator: torch.Generator) -> Tensor:
+_ERASING = v2.RandomErasing(p=1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=[0.0])
+
+
+def erase(clip: Tensor) -> Tensor:
     """Fill one box, the same in all frames, with noise (Zhong et al., 2017; area 1/50..1/3, aspect 0.3..3.3)."""
-    height, width = clip.shape[-2:]
-    for _ in range(10):
-        target = height * width * _uniform(0.02, 1 / 3, generator)
-        ratio = math.exp(_uniform(math.log(0.3), math.log(10 / 3), generator))
-        rows, columns = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < rows < height and 0 < columns < width:
-            top, left = _integer(height - rows + 1, generator), _integer(width - columns + 1, generator)
-            clip = clip.clone()
-            shape = (*clip.shape[:-2], rows, columns)
-            noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-            clip[..., top : top + rows, left : left + columns] = noise
-            return clip
+    box = _ERASING.make_params([clip])
+    if box["v"] is None:  # no box fits
+        return clip
+    clip, rows, columns = clip.clone(), slice(box["i"], box["i"] + box["h"]), slice(box["j"], box["j"] + box["w"])
+    clip[..., rows, columns] = torch.randint(0, 256, clip[..., rows, columns].shape, dtype=torch.uint8)
     return clip
 
 
-def apply_rand_augment(clip: Tensor, settings: RandAugment, generator: torch.Generator) -> Tensor:
+def apply_rand_augment(clip: Tensor, settings: RandAugment) -> Tensor:
     """RandAugment with timm's `inc1` operations and ranges, one draw for all frames (Cubuk et al., 2019)."""
-    clip = tv_tensors.Video(clip)
-    for _ in range(settings.layers):
-        name = _OPERATIONS[_integer(len(_OPERATIONS), generator)]
-        strength = settings.magnitude
-        if settings.deviation:
-            strength += settings.deviation * torch.randn((), generator=generator).item()
-        strength = min(max(strength, 0.0), 10.0) / 10
-        sign = 1 if _uniform(0, 1, generator) < 0.5 else -1
-        if _uniform(0, 1, generator) < settings.probability:
-            clip = _operate(clip, name, strength, sign)
-    return clip.as_subclass(Tensor)
+    for name in random.choices(_OPERATIONS, k=settings.layers):
+        if random.random() < settings.probability:
+            strength = min(max(random.gauss(settings.magnitude, settings.deviation), 0.0), 10.0) / 10
+            clip = _operate(clip, name, strength, random.choice((1, -1)))
+    return clip
 
 
 _OPERATIONS = (
@@ -215,7 +199,7 @@ def _operate(clip: Tensor, name: str, strength: float, sign: int) -> Tensor:
     if name in ("Color", "Contrast", "Brightness", "Sharpness"):
         adjust = {"Color": tv.adjust_saturation, "Contrast": tv.adjust_contrast, "Brightness": tv.adjust_brightness}
         return adjust.get(name, tv.adjust_sharpness)(clip, max(0.1, 1 + sign * 0.9 * strength))
-    angle, shift, shear = 0.0, [0, 0], [0.0, 0.0]
+    angle, shift, shear = 0.0, [0.0, 0.0], [0.0, 0.0]
     if name == "Rotate":
         angle = sign * 30.0 * strength
     elif name.startswith("Shear"):
@@ -258,9 +242,7 @@ class MixVideo:
 
         if self.mix is None or len(clips) < 2:
             return clips, convert_to_one_hot(labels, self.num_classes, self.smoothing)
-        seed = int(torch.randint(0, 2**62, (), generator=as_generator(generator)))
-        with torch.random.fork_rng(devices=[]):  # it draws from torch's CPU generator, which others use too
-            torch.default_generator.manual_seed(seed)
+        with draws_from(as_generator(generator)):
             return self.mix(clips.clone(), labels)
 
 
@@ -271,8 +253,20 @@ def as_generator(generator: torch.Generator | int) -> torch.Generator:
     return torch.Generator().manual_seed(int(generator))
 
 
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+@contextmanager
+def draws_from(generator: torch.Generator) -> Iterator[None]:
+    """For the block, Python's and torch's global generators are seeded from `generator`; then they are as before.
+
+    Transforms of torchvision and pytorchvideo draw from these, which others use too.
+    """
+    seed, state = int(torch.randint(0, 2**62, (), generator=generator)), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 def _integer(bound: int, generator: torch.Generator) -> int:

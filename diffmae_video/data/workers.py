@@ -1,22 +1,19 @@
-"""Processes that read hostile files: one clip at a time, with limits on time and memory; a dead one costs one clip."""
+"""Processes that read files of strangers: one clip at a time, bounded in time and memory; a dead one costs one clip."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import signal
-import struct
 import subprocess
-import sys
 import threading
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from diffmae_video.data.transcode import TranscodeOptions, options_to_json, send
+from diffmae_video.data.transcode import TranscodeOptions, options_to_json
+from diffmae_video.data.worker_process import MEMORY, command, receive, send
 
-COMMAND = [sys.executable, "-m", "diffmae_video.data.transcode"]
+COMMAND = command()
 """What a worker runs."""
 
 
@@ -26,7 +23,7 @@ class Outcome:
 
     data: bytes = b""
     suffix: str = ""
-    meta: dict[str, Any] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
     kind: str = ""
     error: str = ""
 
@@ -48,56 +45,43 @@ class Worker:
     ) -> Outcome:
         """Transcode one file, or `data` under the name `path`; every failure is an Outcome, never an exception."""
         if self.process is None:
-            self._start()
-        request = {"path": path, "options": options_to_json(options), "span": span}
+            self.process = self._start()
+        process, late = self.process, threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        clock = threading.Timer(self.seconds, stop)  # a killed child closes its pipes, which ends the wait below
+        clock.daemon = True
+        clock.start()
+        assert process.stdin
+        assert process.stdout
         try:
-            send(self.process.stdin, request, data)
-            body, data = self._receive(time.monotonic() + self.seconds)
-        except TimeoutError:
-            self.close(kill=True)
-            return Outcome(kind="timeout", error=f"The worker was stopped after {self.seconds:.0f} s.")
+            send(process.stdin, {"path": path, "options": options_to_json(options), "span": span}, data)
+            body, data = receive(process.stdout)
         except (EOFError, OSError):
-            code = self.process.wait() if self.process else 0
             self.close(kill=True)
-            if code < 0:
-                with contextlib.suppress(ValueError):
-                    return Outcome(kind="crash", error=f"The worker died of {signal.Signals(-code).name}.")
-            return Outcome(kind="crash", error=f"The worker left with code {code}.")
+            return self._failure(process.returncode, late.is_set())
+        finally:
+            clock.cancel()
         if "error" in body:
             return Outcome(kind=body["kind"], error=body["error"])
         return Outcome(data=data, suffix=body["suffix"], meta=body["meta"])
 
-    def _start(self) -> None:
-        environment = os.environ | {"DIFFMAE_WORKER_MEMORY": str(self.memory), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
+    def _failure(self, code: int, late: bool) -> Outcome:
+        if late:
+            return Outcome(kind="timeout", error=f"The worker was stopped after {self.seconds:.0f} s.")
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return Outcome(kind="crash", error=f"The worker died of {signal.Signals(-code).name}.")
+        return Outcome(kind="crash", error=f"The worker left with code {code}.")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = os.environ | {MEMORY: str(self.memory), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        return subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
-
-    def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
-        import json
-
-        size, extra = struct.unpack("<IQ", self._read(12, deadline))
-        if size > 1 << 24 or extra > 1 << 34:
-            raise EOFError  # not our protocol any more
-        return json.loads(self._read(size, deadline)), self._read(extra, deadline)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        stream = self.process.stdout
-        buffer = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            while len(buffer) < size:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                part = os.read(stream.fileno(), min(size - len(buffer), 1 << 20))
-                if not part:
-                    raise EOFError
-                buffer += part
-        return bytes(buffer)
 
     def close(self, kill: bool = False) -> None:
         """End the child."""
@@ -106,9 +90,10 @@ class Worker:
             return
         if kill:
             process.kill()
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                if pipe:
+                    pipe.close()
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffmae_video.data.decode import Source, Video
 from diffmae_video.data.images import read_image
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.media import sniff
-from diffmae_video.data.shards import Manifest, ShardReader
+from diffmae_video.data.shards import ShardReader
 from diffmae_video.errors import DataError
 from diffmae_video.evaluation.records import PassStore
 from diffmae_video.evaluation.views import (

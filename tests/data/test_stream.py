@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from diffmae_video.config import Settings, with_overrides
+from diffmae_video.data.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
 from diffmae_video.data.order import clip_seeds, epoch_order, label_subset
-from diffmae_video.data.shards import MANIFEST, Manifest, ShardInfo, TarShard, write_manifest
+from diffmae_video.data.shards import TarShard
 from diffmae_video.data.stream import build_stream
 from diffmae_video.errors import DataError, UsageError
 
@@ -307,7 +308,7 @@ def test_ten_million_samples(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     program = (
         "import sys, time, psutil\n"
-        "from diffmae_video.data.shards import Manifest\n"
+        "from diffmae_video.data.manifest import Manifest\n"
         "from diffmae_video.data.order import epoch_order\n"
         "import pyarrow.parquet\n"
         "base = psutil.Process().memory_info().rss\n"

@@ -10,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from diffmae_video.data.shards import Manifest, ShardInfo, TarShard, write_manifest
+from diffmae_video.data.manifest import Manifest, ShardInfo, write_manifest
+from diffmae_video.data.shards import TarShard
 from diffmae_video.files import sha256_of
 
 

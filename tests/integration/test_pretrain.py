@@ -21,7 +21,7 @@ from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.errors import UsageError
 from diffmae_video.models.weights import load_model
-from diffmae_video.pipelines.shard import shard_and_record
+from diffmae_video.pipelines.shard import ShardJob, shard_and_record
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,14 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFMAE_WORKSPACE", str(folder))
         write_demo_data(folder / "clips", train=24, val=4, size=32, frames=8, workers=1)
-        shard_and_record(folder / "clips", folder / "shards", workers=1)
+        shard_and_record(ShardJob(folder / "clips", folder / "shards", workers=1))
         frames = folder / "frames" / "train" / "grey"
         frames.mkdir(parents=True)
         for number in range(16):
             Image.new("RGB", (40, 40), (number * 10, 90, 120)).save(frames / f"{number}.jpg")
-        shard_and_record(folder / "frames", folder / "images", options=TranscodeOptions(kind="image"), workers=1)
+        shard_and_record(
+            ShardJob(folder / "frames", folder / "images", options=TranscodeOptions(kind="image"), workers=1)
+        )
     return folder
 
 

@@ -25,12 +25,13 @@ from typer.testing import CliRunner
 
 from diffmae_video.cli.app import app, run
 from diffmae_video.data.decode import probe, read_clips
-from diffmae_video.data.shards import Manifest, ShardReader
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions, transcode
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.pipelines import shard_job
 from diffmae_video.pipelines.index import index
-from diffmae_video.pipelines.shard import shard
+from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.pipelines.verify import verify
 
 from ..data.clips import make_folders, make_video, read_number
@@ -68,7 +69,7 @@ def test_the_command_line(source: Path, tmp_path: Path) -> None:
 
 
 def test_samples_hold_what_the_source_held(source: Path, tmp_path: Path) -> None:
-    shard(source, tmp_path / "out")
+    shard(ShardJob(source, tmp_path / "out"))
     manifest = Manifest.load(tmp_path / "out")
     with ShardReader(manifest) as reader:
         for number in range(8):
@@ -83,7 +84,7 @@ def test_samples_hold_what_the_source_held(source: Path, tmp_path: Path) -> None
 
 
 def test_webdataset_reads_them_and_tars_are_plain(source: Path, tmp_path: Path) -> None:
-    shard(source, tmp_path / "out")
+    shard(ShardJob(source, tmp_path / "out"))
     path = tmp_path / "out" / "train-000000.tar"
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert len(samples) == 8
@@ -101,7 +102,7 @@ def test_counts_add_up_and_reasons_are_named(source: Path, tmp_path: Path) -> No
     (mixed / "train/hop/empty.mp4").write_bytes(b"")
     (mixed / "train/hop/list.mp4").write_text("#EXTM3U\nfile:///etc/passwd\n")
     (mixed / "val/run/cut.mp4").write_bytes(make_video()[:700])
-    result = shard(mixed, tmp_path / "out")
+    result = shard(ShardJob(mixed, tmp_path / "out"))
     assert result.found == 15 == result.written + sum(result.rejected.values())
     assert result.rejected == {"not media": 2, "unreadable": 1}
     lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
@@ -110,40 +111,40 @@ def test_counts_add_up_and_reasons_are_named(source: Path, tmp_path: Path) -> No
 
 
 def test_same_bytes_again_and_nothing_to_do(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard(source, tmp_path / "a", workers=1)
-    shard(source, tmp_path / "b", workers=3)
+    shard(ShardJob(source, tmp_path / "a", workers=1))
+    shard(ShardJob(source, tmp_path / "b", workers=3))
     assert sums(tmp_path / "a") == sums(tmp_path / "b")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    assert shard(source, tmp_path / "a").unchanged
+    assert shard(ShardJob(source, tmp_path / "a")).unchanged
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
 
 
 def test_other_input_or_options_are_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shard(source, out)
+    shard(ShardJob(source, out))
     before = sums(out)
     with pytest.raises(UsageError, match="crf was 23, is 30"):
-        shard(source, out, options=TranscodeOptions(crf=30))
+        shard(ShardJob(source, out, options=TranscodeOptions(crf=30)))
     more = tmp_path / "more"
     shutil.copytree(source, more)
     make_video(more / "train/hop/new.mp4")
     with pytest.raises(UsageError, match=r"12 files of \d+ bytes then, 13 files"):
-        shard(more, out)
+        shard(ShardJob(more, out))
     other = tmp_path / "other"  # the same names, another content
     shutil.copytree(source, other)
     (other / "train/hop/-hop_train_0.mp4").write_bytes((source / "train/run/-run_train_0.mp4").read_bytes() + b"x")
     with pytest.raises(UsageError, match="the input changed"):
-        shard(other, out)
+        shard(ShardJob(other, out))
     assert sums(out) == before
     (out / "mine.tar").write_bytes(b"")
-    assert shard(more, out, overwrite=True).written == 13
+    assert shard(ShardJob(more, out, overwrite=True)).written == 13
     assert (out / "mine.tar").exists()  # only what a run made is replaced
     (out / "mine.tar").unlink()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "x.tar").write_bytes(b"")
     with pytest.raises(UsageError, match="did not make"):
-        shard(source, foreign)
+        shard(ShardJob(source, foreign))
 
 
 def test_bad_requests_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,14 +195,14 @@ if moment == "transcode": Worker.run = dying(Worker.run, [5])
 if moment == "publish": job.publish = dying(job.publish, [3])
 if moment == "report": job.write_file = dying(job.write_file, [2])
 if moment == "manifest": stage.write_manifest = dying(stage.write_manifest, [1])
-stage.shard({str(source)!r}, {str(tmp_path / "killed")!r}, **{arguments!r})
+stage.shard(stage.ShardJob({str(source)!r}, {str(tmp_path / "killed")!r}, **{arguments!r}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (tmp_path / "killed/manifest.json").exists()
-    result = shard(source, tmp_path / "killed", **arguments)
+    result = shard(ShardJob(source, tmp_path / "killed", **arguments))
     assert result.written == 12
-    shard(source, tmp_path / "whole", **arguments)
+    shard(ShardJob(source, tmp_path / "whole", **arguments))
     assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
 
 
@@ -223,7 +224,7 @@ def test_ctrl_c_leaves_a_resumable_state(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 130, done.stderr.decode()
     assert b"Traceback" not in done.stderr
     assert not list((tmp_path / "out/.parts").glob("*.tmp"))
-    result = shard(source, tmp_path / "out", samples_per_shard=3)
+    result = shard(ShardJob(source, tmp_path / "out", samples_per_shard=3))
     assert result.written == 12
     assert result.done_before >= 1
 
@@ -234,11 +235,11 @@ def test_full_disk_is_one_sentence(source: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(shard_job.HashingFile, "write", full)
     with pytest.raises(DataError, match=r"disk of .* is full"):
-        shard(source, tmp_path / "out", workers=1)
+        shard(ShardJob(source, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").rglob("*.tar"))
     assert not list((tmp_path / "out").rglob("*.tmp"))
     monkeypatch.undo()
-    assert shard(source, tmp_path / "out").written == 12
+    assert shard(ShardJob(source, tmp_path / "out")).written == 12
 
 
 # -- workers -------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if 'DIFFMAE_WORKER_MEMORY' in os.environ:\n"
-        "    import diffmae_video.data.transcode as t\n"
+        "    import diffmae_video.data.worker_process as t\n"
         "    real = t.transcode\n"
         "    def transcode(data, options, span=None):\n"
         "        if data == b'crash': os.abort()\n"
@@ -261,7 +262,7 @@ def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    t.transcode = transcode\n"
         "    import sys; sys.modules['saboteur'] = t\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(
         "diffmae_video.data.workers.COMMAND",
         [sys.executable, "-c", "import sitecustomize, saboteur; saboteur.main()"],
@@ -275,7 +276,7 @@ def test_a_bad_worker_costs_one_clip(source: Path, tmp_path: Path, saboteur: Non
     mixed = tmp_path / "mixed"
     shutil.copytree(source, mixed)
     (mixed / "train/hop/deed.mp4").write_bytes(deed.encode())
-    result = shard(mixed, tmp_path / "out", workers=1, clip_seconds=3.0, clip_memory=3 << 30)
+    result = shard(ShardJob(mixed, tmp_path / "out", workers=1, clip_seconds=3.0, clip_memory=3 << 30))
     assert result.written == 12
     assert result.rejected == {kind: 1}
 
@@ -344,7 +345,7 @@ def test_encoded_bytes_depend_on_frames_alone(rounds: int) -> None:
 
 @slow
 def test_copy_keeps_bytes(source: Path, tmp_path: Path) -> None:
-    shard(source, tmp_path / "out", options=TranscodeOptions(copy=True))
+    shard(ShardJob(source, tmp_path / "out", options=TranscodeOptions(copy=True)))
     with ShardReader(Manifest.load(tmp_path / "out")) as reader:
         sample = reader.read("val", 0)
         assert sample.data == (source / sample.meta["source"]).read_bytes()
@@ -371,7 +372,7 @@ def test_images(tmp_path: Path) -> None:
 
 def test_verify_names_the_damage(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shard(source, out, samples_per_shard=3)
+    shard(ShardJob(source, out, samples_per_shard=3))
     table = Manifest.load(out).samples("train")
     place = int(table.offset[4]) + 100
     name = Manifest.load(out).shards[int(table.shard[4])].name
@@ -427,7 +428,7 @@ def test_index_of_foreign_shards(tmp_path: Path) -> None:
 
 @slow
 def test_index_rebuilds_what_shard_wrote(source: Path, tmp_path: Path) -> None:
-    shard(source, tmp_path / "out", samples_per_shard=5)
+    shard(ShardJob(source, tmp_path / "out", samples_per_shard=5))
     before = Manifest.load(tmp_path / "out")
     for name in ("manifest.json", "samples.parquet"):
         (tmp_path / "out" / name).unlink()
@@ -445,9 +446,9 @@ def test_index_rebuilds_what_shard_wrote(source: Path, tmp_path: Path) -> None:
 @slow
 def test_any_executor(source: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        shard(source, tmp_path / "a", executor=pool, samples_per_shard=3)
+        shard(ShardJob(source, tmp_path / "a", samples_per_shard=3), pool)
         assert pool.submit(int).result() == 0  # not shut down
-    shard(source, tmp_path / "b", samples_per_shard=3)
+    shard(ShardJob(source, tmp_path / "b", samples_per_shard=3))
     assert sums(tmp_path / "a") == sums(tmp_path / "b")
 
 
@@ -470,9 +471,9 @@ def test_dask_with_a_worker_killed_midway(source: Path, tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(1) as side:
             watching = side.submit(kill_one)
-            result = shard(source, tmp_path / "dask", dask=cluster.scheduler_address, samples_per_shard=1)
+            result = shard(ShardJob(source, tmp_path / "dask", dask=cluster.scheduler_address, samples_per_shard=1))
             watching.result(timeout=60)
     assert killed
     assert result.written == 12
-    shard(source, tmp_path / "here", samples_per_shard=1)
+    shard(ShardJob(source, tmp_path / "here", samples_per_shard=1))
     assert sums(tmp_path / "dask") == sums(tmp_path / "here")

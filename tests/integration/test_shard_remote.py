@@ -13,10 +13,11 @@ import pytest
 from diffmae_video.config import Settings, with_overrides
 from diffmae_video.data import remote
 from diffmae_video.data.cache import ShardCache
-from diffmae_video.data.shards import Manifest, ShardReader
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.stream import build_stream
 from diffmae_video.errors import DataError
-from diffmae_video.pipelines.shard import shard
+from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.pipelines.verify import verify
 
 from ..data.clips import make_folders
@@ -72,10 +73,10 @@ def test_shard_verify_and_stream_through_s3(bucket: tuple[str, Flaky], tmp_path:
     source = make_folders(tmp_path / "source")
     files, _ = remote.filesystem(url)
     files.put(str(source), "bucket/source", recursive=True)
-    result = shard(f"{url}/source", f"{url}/shards", samples_per_shard=3, workers=2)
+    result = shard(ShardJob(f"{url}/source", f"{url}/shards", samples_per_shard=3, workers=2))
     assert result.written == 12
-    assert shard(f"{url}/source", f"{url}/shards", samples_per_shard=3).unchanged
-    shard(source, tmp_path / "local", samples_per_shard=3)
+    assert shard(ShardJob(f"{url}/source", f"{url}/shards", samples_per_shard=3)).unchanged
+    shard(ShardJob(source, tmp_path / "local", samples_per_shard=3))
     names = [path.name for path in (tmp_path / "local").glob("*.tar")]
     assert names
     for name in names:
@@ -102,7 +103,7 @@ def test_cache_is_bounded_and_survives_damage(tmp_path: Path, monkeypatch: pytes
     import fsspec
 
     source = make_folders(tmp_path / "source")
-    shard(source, tmp_path / "local", samples_per_shard=3)
+    shard(ShardJob(source, tmp_path / "local", samples_per_shard=3))
     files = fsspec.filesystem("memory")
     files.put(str(tmp_path / "local"), "/shards", recursive=True)
     manifest = Manifest.load("memory://shards")

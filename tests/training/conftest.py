@@ -17,12 +17,12 @@ import safetensors.torch
 import torch
 
 from diffmae_video.config import Settings, load_settings
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.pipelines.finetune import finetune
 from diffmae_video.pipelines.pretrain import pretrain
-from diffmae_video.pipelines.shard import shard
+from diffmae_video.pipelines.shard import ShardJob, shard
 
 SMALL = (
     "model.frames=4",
@@ -169,7 +169,7 @@ def kill_at(call: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     write_demo_data(folder / "clips", train=22, val=4, size=32, frames=8, workers=1)
-    shard(folder / "clips", folder / "shards", workers=1)
+    shard(ShardJob(folder / "clips", folder / "shards", workers=1))
     return folder / "shards"
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.training import checkpoint, pretraining
 from diffmae_video.training import run as run_files
