@@ -234,10 +234,10 @@ def _results(
 ) -> dict[str, np.ndarray]:
     """Every method's answer for a clip: uint8 (T, H, W, 3), pasted into the source."""
     render, norm = settings.render, model.settings.pixel_norm
-    first: list[Tensor] = []
     count = settings.evaluate.samples
     with torch.inference_mode(), autocast(device, render.precision):
-        output = model.sample(
+        first = None
+        for last in model.sample_steps(
             normalize_pixels(clip[None].to(device), norm),
             mask.to(device),
             seeds=[seed],
@@ -245,11 +245,11 @@ def _results(
             steps=render.steps,
             eta=render.eta,
             samples=count,
-            callback=lambda step, timestep, x0: first.append(x0) if step == 0 else None,
-        )
+        ):
+            first = first or last
     source = to_frames(clip[None])[0]
-    outputs = to_frames(denormalize_pixels(output.reshape(-1, *output.shape[-4:]).float(), norm))  # (K, T, H, W, 3)
-    one_step = to_frames(denormalize_pixels(first[0].float(), norm))[0]
+    outputs = to_frames(denormalize_pixels(last.clips().float(), norm))  # (K, T, H, W, 3)
+    one_step = to_frames(denormalize_pixels(first.clips().float(), norm))[0]
     mean = outputs.astype(np.float32).mean(0).round().astype(np.uint8)
     errors = ((outputs.astype(np.float32) - source) ** 2)[:, hidden].mean((1, 2))
     results = {SAMPLE: outputs[0], ONE_STEP: one_step}

@@ -6,7 +6,9 @@ predicted in a training step), D encoder width, E decoder width, P = t * p * p *
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmae_video.config import DiffusionSettings, ModelSettings
-from diffmae_video.diffusion.sampler import SAMPLERS
+from diffmae_video import registry
+from diffmae_video.config import DiffusionSettings, ModelSettings, RenderSettings
 from diffmae_video.diffusion.schedule import Schedule
 from diffmae_video.errors import UsageError
 from diffmae_video.masking import Mask
@@ -32,6 +34,9 @@ from diffmae_video.models.patches import (
     scatter_tokens,
     unpatchify,
 )
+
+SAMPLING = RenderSettings()
+"""Sampler and steps of whoever names none."""
 
 
 class Draw(NamedTuple):
@@ -81,6 +86,29 @@ class DiffMAEOutput(NamedTuple):
     """(B, K, P) the decoder's output, in the units of the target."""
 
 
+class SampleStep(NamedTuple):
+    """One denoising step of `DiffMAE.sample_steps`; clips are made when asked for."""
+
+    step: int
+    """0 for the first."""
+    timestep: int
+    """Index of the training schedule."""
+    x_t: Tensor
+    """(B * samples, M, P) the noisy state of the masked patches."""
+    x_0: Tensor
+    """(B * samples, M, P) the prediction made from it."""
+    paste: Callable[[Tensor], Tensor]
+    """Masked patches (B * samples, M, P) to clips."""
+
+    def clips(self) -> Tensor:
+        """The prediction of x_0 pasted into the clips, (B * samples, C, T, H, W), samples of a clip in a row."""
+        return self.paste(self.x_0)
+
+    def noisy_clips(self) -> Tensor:
+        """The noisy state x_t likewise; noise goes beyond black and white."""
+        return self.paste(self.x_t)
+
+
 class DiffMAE(nn.Module):
     """Encoder of visible patches, decoder that denoises masked ones, and the objective between them.
 
@@ -100,8 +128,8 @@ class DiffMAE(nn.Module):
         self.info: dict[str, Any] = {}
         self.tubelet, self.patch = model.tubelet, model.patch
         self.schedule = Schedule.make(self.diffusion.schedule, self.diffusion.timesteps, self.diffusion.rho)
-        self.register_buffer("signal", self.schedule.alphas_bar.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", self.schedule.sigmas.float(), persistent=False)
+        self.register_buffer("signal", self.schedule.signal.float(), persistent=False)
+        self.register_buffer("sigma", self.schedule.sigma.float(), persistent=False)
         self.encoder = Encoder(model, seed)
         self.patch_values = values = model.tubelet * model.patch**2 * 3
         noisy = model.objective != "mae"
@@ -216,50 +244,59 @@ class DiffMAE(nn.Module):
             return signal * noisy - sigma * prediction
         return prediction
 
+    def sample(self, clips: Tensor, mask: Mask, *, samples: int = 1, **options: Any) -> Tensor:
+        """Fill the masked patches of clips; visible (and known) pixels come back bit for bit.
+
+        Arguments are those of `sample_steps`, whose last step this is.
+
+        Returns:
+            (B, C, T, H, W), or (B, samples, C, T, H, W) for several samples.
+        """
+        last = deque(self.sample_steps(clips, mask, samples=samples, **options), maxlen=1)[0]
+        filled = last.clips()
+        return filled if samples == 1 else filled.unflatten(0, (-1, samples))
+
     @torch.no_grad()
-    def sample(
+    def sample_steps(
         self,
         clips: Tensor,
         mask: Mask,
         *,
         seeds: Sequence[int] | Tensor,
-        sampler: str = "dpm++",
-        steps: int = 20,
-        eta: float = 0.0,
+        sampler: str = SAMPLING.sampler,
+        steps: int = SAMPLING.steps,
+        eta: float = SAMPLING.eta,
         spacing: str = "angle",
         samples: int = 1,
         known: Tensor | None = None,
         clip_x0: bool = True,
         borrow_statistics: bool = False,
-        callback: Callable[[int, int, Tensor], None] | None = None,
-        noisy_callback: Callable[[int, int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Fill the masked patches of clips; visible (and known) pixels come back bit for bit.
+    ) -> Iterator[SampleStep]:
+        """Fill the masked patches of clips step by step.
 
         Args:
             clips: float (B, C, T, H, W), normalised; what stands under the mask is not read.
             mask: of the clips' token grid.
             seeds: B integers; sample k of clip b depends on (seeds[b], k) alone, not on the batch.
-            sampler: `ddpm`, `ddim` or `dpm++`.
+            sampler: a name of `registry.samplers`: `ddpm`, `ddim`, `dpm++`.
             steps: denoising steps, 1 to the schedule's length. The `mae` objective takes one whatever this says.
-            eta: DDIM's stochasticity.
+            eta: stochasticity of samplers that have one (DDIM).
             spacing: where the steps lie on the schedule: `angle` or `even`, see `Schedule.respace`.
             samples: per clip, from one encoding.
             known: bool (B, 1 or C, T, H, W), True = pixels inside masked patches that are known: they guide every step.
             clip_x0: keep each prediction within black and white.
             borrow_statistics: let a `norm_pixel` model take mean and deviation of each hidden patch from the clip.
-            callback: called with (step, timestep, clips (B * samples, C, T, H, W)) after each prediction of x_0.
-            noisy_callback: the same for the noisy state x_t that the prediction was made from; noise goes beyond black
-                and white.
 
-        Returns:
-            (B, C, T, H, W), or (B, samples, C, T, H, W) for several samples.
+        Yields:
+            A `SampleStep` after each prediction: the first is the masked autoencoder's answer, the last the sample.
 
         Raises:
             UsageError: a `norm_pixel` model without `borrow_statistics`, or an unknown sampler.
         """
-        if sampler not in SAMPLERS:
-            raise UsageError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}.")
+        try:
+            sampling = registry.samplers.get(sampler)
+        except ValueError as error:
+            raise UsageError(f"render.sampler = {error}.") from error
         normed = self.settings.target == "norm_pixel"
         if normed and not borrow_statistics:
             raise UsageError(
@@ -295,22 +332,11 @@ class DiffMAE(nn.Module):
         generators = [_generator(seed, k) for seed in torch.as_tensor(seeds).tolist() for k in range(samples)]
         noise = [torch.randn(under.shape[1:], generator=g) for g in generators]  # on the CPU: the same on any device
         x = torch.stack(noise).to(clips.device)  #                            (B', M, P)
-        if self.settings.objective == "mae":
-            last = len(self.schedule) - 1
-            x0 = denoise(x, torch.full((len(x),), last, device=x.device))
-            if callback:
-                callback(0, last, clip_of(x0))
-        else:
-            options: dict[str, Any] = {"spacing": spacing} | ({"eta": eta} if sampler == "ddim" else {})
-
-            def show(step: int, timestep: int, x: Tensor, x0: Tensor) -> None:
-                for see, state in ((callback, x0), (noisy_callback, x)):
-                    if see:
-                        see(step, timestep, clip_of(state))
-
-            x0 = SAMPLERS[sampler](denoise, x, self.schedule, steps, generators, show, **options)
-        filled = clip_of(x0)
-        return filled if samples == 1 else filled.unflatten(0, (-1, samples))
+        options: dict[str, Any] = {"generator": generators, "spacing": spacing}
+        if "eta" in inspect.signature(sampling).parameters:
+            options["eta"] = eta
+        for step in sampling(denoise, x, self.schedule, 1 if self.settings.objective == "mae" else steps, **options):
+            yield SampleStep(*step, clip_of)
 
     # --- shared -----------------------------------------------------------------------------------------------------
 

@@ -224,10 +224,11 @@ class Inpainter:
         inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)
         known = self._known(clips, window, cells) if settings.guide else None
-        watcher = _Watcher(self._to_pixels, self.callback if self.windows == 0 else None)
+        see = self.callback if self.windows == 0 else None
         self.callback = None  # it has seen, or missed, the first clips
+        first = output = None
         with torch.inference_mode(), autocast(self.device, settings.precision):
-            output = self.model.sample(
+            for step in self.model.sample_steps(
                 normalize_pixels(inputs.to(self.device), self.model.settings.pixel_norm),
                 mask,
                 seeds=[(seed + 7_919_000_003 * lane) % 2**31] * len(clips),
@@ -235,10 +236,12 @@ class Inpainter:
                 steps=settings.steps,
                 eta=settings.eta,
                 known=None if known is None else torch.from_numpy(known).unsqueeze(1).to(self.device),
-                callback=watcher.prediction,
-                noisy_callback=watcher.noisy if watcher.callback else None,
-            )
-        return np.stack([self._to_pixels(output), watcher.first], axis=1)
+            ):
+                output = step
+                first = self._to_pixels(step.clips()) if first is None else first
+                if see is not None:
+                    see(step.step, *(self._to_pixels(x[:1])[0] for x in (step.noisy_clips(), step.clips())))
+        return np.stack([self._to_pixels(output.clips()), first], axis=1)
 
     def _known(self, clips: list[list[Frame]], window: Window, cells: np.ndarray) -> np.ndarray | None:
         """Pixels inside masked patches of which nothing is hidden, bool (B, T, h, w); None where there are none."""
@@ -251,23 +254,6 @@ class Inpainter:
     def _to_pixels(self, clips: Tensor) -> np.ndarray:
         pixels = denormalize_pixels(clips.float(), self.model.settings.pixel_norm)  # (B, T, C, H, W)
         return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
-
-
-class _Watcher:
-    """Keeps the first prediction of a batch, and shows every step of its first clip to a callback."""
-
-    def __init__(self, to_pixels: Callable[[Tensor], np.ndarray], callback: Callback | None) -> None:
-        self.to_pixels, self.callback = to_pixels, callback
-        self.first = self.last_x0 = np.zeros(0)
-
-    def prediction(self, step: int, timestep: int, x0: Tensor) -> None:
-        if step == 0:
-            self.first = self.to_pixels(x0)
-        if self.callback is not None:
-            self.last_x0 = self.to_pixels(x0[:1])[0]
-
-    def noisy(self, step: int, timestep: int, noisy: Tensor) -> None:
-        self.callback(step, self.to_pixels(noisy[:1])[0], self.last_x0)
 
 
 def _drop(buffer: list[Frame], emitted: int, keep: int) -> tuple[list[Frame], int]:

@@ -102,17 +102,12 @@ class PretrainTask:
             stream.close()
         batch = self._shown
         clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
-        first: list[Tensor] = []
-        result = model.sample(
-            clips,
-            mask,
-            seeds=batch.seeds,
-            steps=PICTURE_STEPS,
-            borrow_statistics=self.settings.model.target == "norm_pixel",
-            callback=lambda count, timestep, x0: first.append(x0) if not first else None,
-        )
+        borrow = self.settings.model.target == "norm_pixel"
+        first = None
+        for last in model.sample_steps(clips, mask, seeds=batch.seeds, steps=PICTURE_STEPS, borrow_statistics=borrow):
+            first = first or last
         norm = self.settings.model.pixel_norm
-        source, one, full = (denormalize_pixels(x, norm).cpu() for x in (clips, first[0], result))
+        source, one, full = (denormalize_pixels(x, norm).cpu() for x in (clips, first.clips(), last.clips()))
         hidden = hide(source, mask, self.model.tubelet, self.model.patch)
         rows = [source, hidden, one, full]  # each uint8 (B, T, C, H, W)
         pictures = {"reconstruction": frame_sheet(rows)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import diffmae_video.compat  # noqa: F401
 
@@ -11,16 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from diffmae_video.diffusion import sampler as samplers
-from diffmae_video.diffusion.sampler import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m
+from diffmae_video import registry
+from diffmae_video.diffusion import samplers
+from diffmae_video.diffusion.samplers import Step, ddim, ddpm, dpm_solver_pp_2m
 from diffmae_video.diffusion.schedule import Schedule
 
 STEPS = 20
+SAMPLERS = {name: registry.samplers.get(name) for name in registry.samplers.names()}
 
 
 def linear_denoiser(x, timestep):
     """An arbitrary smooth x_0 predictor that depends on both arguments."""
     return torch.tanh(0.7 * x + 0.1) * (1 + timestep.double().view(-1, 1) / 2000)
+
+
+def sample(steps: Iterator[Step]) -> torch.Tensor:
+    """What a sampler makes of its noise: the last prediction."""
+    *_, last = steps
+    return last.x_0
 
 
 def start() -> torch.Tensor:
@@ -33,7 +42,7 @@ def in_float64(scheduler):
     schedule = Schedule.make()
     scheduler.betas, scheduler.alphas = schedule.betas, 1 - schedule.betas
     scheduler.alphas_cumprod = schedule.alphas_bar
-    for name, table in (("alpha_t", schedule.alphas_bar.sqrt()), ("sigma_t", schedule.sigmas)):
+    for name, table in (("alpha_t", schedule.signal), ("sigma_t", schedule.sigma)):
         if hasattr(scheduler, name):
             setattr(scheduler, name, table)
     if hasattr(scheduler, "final_alpha_cumprod"):
@@ -70,7 +79,7 @@ def test_posterior_by_bayes():
     """Mean and variance of q(x_{t-1} | x_t, x_0) from the product of two Gaussians."""
     schedule = Schedule.make("linear", 50, 0.8)
     for i in range(1, 50):
-        beta, previous = schedule.betas[i], schedule.alphas_bar_prev[i]
+        beta, previous = schedule.betas[i], schedule.alphas_bar[i - 1]
         precision = (1 - beta) / beta + 1 / (1 - previous)
         torch.testing.assert_close(schedule.posterior_variance[i], 1 / precision)
         torch.testing.assert_close(schedule.posterior_x0[i], previous.sqrt() / (1 - previous) / precision)
@@ -113,9 +122,8 @@ def test_long_steps_of_a_noisy_schedule_stay_finite():
         for spacing in ("angle", "even"):
             for sampler in SAMPLERS.values():
                 generator = torch.Generator().manual_seed(0)
-                assert bool(
-                    sampler(linear_denoiser, start(), schedule, steps, generator, spacing=spacing).isfinite().all()
-                )
+                out = sample(sampler(linear_denoiser, start(), schedule, steps, generator, spacing=spacing))
+                assert bool(out.isfinite().all())
 
 
 def test_forward_marginals_by_monte_carlo():
@@ -131,7 +139,7 @@ def test_forward_marginals_by_monte_carlo():
     at = torch.full((count, 1), x0, dtype=torch.float64)
     noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
     closed = schedule.add_noise(at, noise, torch.full((count,), 11))
-    mean, std = float(schedule.alphas_bar[11].sqrt()) * x0, float(schedule.sigmas[11])
+    mean, std = float(schedule.alphas_bar[11].sqrt()) * x0, float(schedule.sigma[11])
     for sample in (x, closed):
         assert float(sample.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(count))
         assert float(sample.std()) == pytest.approx(std, rel=4 / math.sqrt(2 * count))
@@ -148,16 +156,8 @@ def test_add_noise_of_diffusers():
 def test_ddim_trajectory_of_diffusers(eta):
     peer = in_float64(diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False))
     kept = Schedule.make().respace(STEPS).timesteps
-    seen: list[torch.Tensor] = []
-    ddim(
-        linear_denoiser,
-        start(),
-        Schedule.make(),
-        STEPS,
-        torch.Generator().manual_seed(3),
-        lambda step, timestep, x, x0: seen.append(x),
-        eta=eta,
-    )
+    steps = ddim(linear_denoiser, start(), Schedule.make(), STEPS, torch.Generator().manual_seed(3), eta=eta)
+    seen = [step.x_t for step in steps]
     # their step reads the previous timestep off an even spacing: our own 20 kept ones are not even, so step by step
     x, generator = start(), torch.Generator().manual_seed(3)
     for i in range(STEPS - 1, 0, -1):
@@ -174,15 +174,8 @@ def test_ddpm_trajectory_of_diffusers():
     peer = in_float64(diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False, variance_type="fixed_small"))
     kept = Schedule.make().respace(STEPS).timesteps
     peer.set_timesteps(timesteps=kept.flip(0).tolist())
-    seen: list[torch.Tensor] = []
-    final = ddpm(
-        linear_denoiser,
-        start(),
-        Schedule.make(),
-        STEPS,
-        torch.Generator().manual_seed(3),
-        lambda step, timestep, x, x0: seen.append(x),
-    )
+    steps = list(ddpm(linear_denoiser, start(), Schedule.make(), STEPS, torch.Generator().manual_seed(3)))
+    seen, final = [step.x_t for step in steps], steps[-1].x_0
     x, generator = start(), torch.Generator().manual_seed(3)
     for i in range(STEPS - 1, -1, -1):
         torch.testing.assert_close(seen[STEPS - 1 - i], x, atol=1e-5, rtol=1e-5)
@@ -203,10 +196,8 @@ def test_dpm_solver_trajectory_of_diffusers():
     signal = Schedule.make().alphas_bar[times]
     peer.timesteps = times
     peer.sigmas = torch.cat([((1 - signal) / signal).sqrt(), torch.zeros(1, dtype=torch.float64)])
-    seen: list[torch.Tensor] = []
-    final = dpm_solver_pp_2m(
-        linear_denoiser, start(), Schedule.make(), STEPS, callback=lambda step, timestep, x, x0: seen.append(x)
-    )
+    steps = list(dpm_solver_pp_2m(linear_denoiser, start(), Schedule.make(), STEPS))
+    seen, final = [step.x_t for step in steps], steps[-1].x_0
     x = start()
     for i, now in enumerate(times.tolist()):
         torch.testing.assert_close(seen[i], x, atol=1e-5, rtol=1e-5)
@@ -239,9 +230,9 @@ class Gaussian:
 
     def moments(self, sampler: str, steps: int, spacing: str = "angle") -> tuple[torch.Tensor, torch.Tensor]:
         """Exact mean and covariance of what a deterministic sampler makes of N(0, I): it is affine in x_T."""
-        run = SAMPLERS[sampler]
-        offset = run(self.denoise, torch.zeros(1, 4, dtype=torch.float64), self.schedule, steps, spacing=spacing)
-        linear = run(self.denoise, torch.eye(4, dtype=torch.float64), self.schedule, steps, spacing=spacing) - offset
+        run, start = SAMPLERS[sampler], torch.eye(4, dtype=torch.float64)
+        offset = sample(run(self.denoise, 0 * start[:1], self.schedule, steps, spacing=spacing))
+        linear = sample(run(self.denoise, start, self.schedule, steps, spacing=spacing)) - offset
         return offset[0], linear.T @ linear
 
     def error(self, sampler: str, steps: int, spacing: str = "angle") -> float:
@@ -285,7 +276,7 @@ def exact_moments_of_ddpm(problem: Gaussian, steps: int, monkeypatch, **options)
     unit = torch.eye(1 + 4 * steps, dtype=torch.float64)[:, 1:].unflatten(1, (steps, 4))  # (rows, draw, component)
     draws = iter(range(1, steps))
     monkeypatch.setattr(samplers, "randn_like", lambda x, generators: unit[:, next(draws)])
-    out = ddpm(problem.denoise, unit[:, 0], problem.schedule, steps, **options)
+    out = sample(ddpm(problem.denoise, unit[:, 0], problem.schedule, steps, **options))
     assert next(draws, None) is None  # every step but the last has drawn
     linear = out[1:] - out[0]
     return out[0], linear.T @ linear
@@ -307,13 +298,15 @@ def test_ancestral_errors_fall_at_the_expected_order(monkeypatch):
 def test_ddim_with_all_its_noise_is_ddpm():
     """At eta = 1 both draw from the posterior (arXiv 2010.02502, section 4.1)."""
     runs = [
-        run(
-            linear_denoiser,
-            start(),
-            Schedule.make("linear", 1000, 0.8),
-            STEPS,
-            torch.Generator().manual_seed(3),
-            **more,
+        sample(
+            run(
+                linear_denoiser,
+                start(),
+                Schedule.make("linear", 1000, 0.8),
+                STEPS,
+                torch.Generator().manual_seed(3),
+                **more,
+            )
         )
         for run, more in ((ddpm, {}), (ddim, {"eta": 1.0}))
     ]
@@ -334,7 +327,7 @@ def test_gaussian_conditional_of_ddpm():
     problem, count = Gaussian(), 10_000
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
-    samples = ddpm(problem.denoise, x, problem.schedule, 250, generator)
+    samples = sample(ddpm(problem.denoise, x, problem.schedule, 250, generator))
     scale = problem.covariance.diagonal().sqrt()
     assert bool(((samples.mean(0) - problem.mean).abs() < 5 * scale / math.sqrt(count) + 5e-3).all())
     bound = 5 * math.sqrt(2 / count) * scale[:, None] * scale + 0.02
@@ -350,18 +343,9 @@ def test_dpm_solver_is_second_order_on_even_log_steps():
         signal = torch.sigmoid(2 * ratio)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
         problem.schedule = Schedule.from_betas(1 - signal / previous, torch.arange(steps + 1))
-        last = {}
         # stop before the jump to zero noise, which is exact in another way: compare x at the first kept noise level
         out = [
-            dpm_solver_pp_2m(
-                problem.denoise,
-                x,
-                problem.schedule,
-                steps + 1,
-                callback=lambda step, timestep, x, x0: last.update({timestep: x}),
-            )
-            is not None
-            and last[0]
+            list(dpm_solver_pp_2m(problem.denoise, x, problem.schedule, steps + 1))[-1].x_t
             for x in (torch.zeros(1, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64))
         ]
         first, end = float(signal[-1]), float(signal[0])
@@ -378,14 +362,14 @@ def test_dpm_solver_is_second_order_on_even_log_steps():
 
 def test_noise_needs_a_generator():
     with pytest.raises(ValueError, match="generator"):
-        ddpm(linear_denoiser, start(), Schedule.make(), 3)
+        sample(ddpm(linear_denoiser, start(), Schedule.make(), 3))
     with pytest.raises(ValueError, match="posterior, beta"):
-        ddpm(linear_denoiser, start(), Schedule.make(), 3, torch.Generator(), variance="learned")
+        sample(ddpm(linear_denoiser, start(), Schedule.make(), 3, torch.Generator(), variance="learned"))
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     def run(rows: list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        return ddpm(linear_denoiser, start()[rows], Schedule.make(), 5, generators)
+        return sample(ddpm(linear_denoiser, start()[rows], Schedule.make(), 5, generators))
 
     assert torch.equal(run([0, 1, 2])[1:], run([1, 2]))

@@ -249,12 +249,9 @@ def test_sampling_does_not_read_what_it_fills():
 def test_trajectory_starts_with_the_masked_autoencoders_answer():
     """At the last timestep the input is noise to one part in 10^5: the first x_0 is one MAE forward from it."""
     net, mask, x = model(), make_mask("random", 0.75, SHAPE, [0, 1]), clips()
-    frames: list[torch.Tensor] = []
-    steps: list[tuple[int, int]] = []
-    final = net.sample(
-        x, mask, seeds=[1, 2], steps=5, callback=lambda step, t, x0: (frames.append(x0), steps.append((step, t)))
-    )
-    assert [t for _, t in steps] == net.schedule.respace(5).timesteps.flip(0).tolist()
+    steps = list(net.sample_steps(x, mask, seeds=[1, 2], steps=5))
+    frames, final = [step.clips() for step in steps], net.sample(x, mask, seeds=[1, 2], steps=5)
+    assert [step.timestep for step in steps] == net.schedule.respace(5).timesteps.flip(0).tolist()
     single = net.sample(x, mask, seeds=[1, 2], steps=1)
     assert torch.equal(frames[0], single)
     assert torch.equal(frames[-1], final)

@@ -62,8 +62,8 @@ def test_predictions_stay_within_black_and_white(pixel_norm):
         net.decoder.head.bias.add_(torch.linspace(-9, 9, net.patch_values))
     low, high = (bound[:3].view(3, 1, 1, 1) for bound in pixel_bounds(pixel_norm, net.patch_values))
     x, hidden = torch.zeros(2, 3, 4, 32, 32), MASK.pixels(2, 8)[:, None].expand(-1, 3, -1, -1, -1)
-    seen = []
-    out = net.sample(x, MASK, seeds=[1, 2], steps=3, callback=lambda step, timestep, x0: seen.append(x0))
+    seen = [step.clips() for step in net.sample_steps(x, MASK, seeds=[1, 2], steps=3)]
+    out = net.sample(x, MASK, seeds=[1, 2], steps=3)
     for clip in (*seen, out):
         inside = (clip >= low - 1e-6) & (clip <= high + 1e-6)
         assert bool(inside[hidden].all())

@@ -64,17 +64,17 @@ def test_what_is_hidden_has_no_influence(model: DiffMAE, text: str) -> None:
 def test_generated_masks_reach_the_model_as_drawn(model: DiffMAE) -> None:
     """A mask drawn on the token grid hides exactly its tokens, whatever the frame's size."""
     seen = []
-    sample = model.sample
+    sample = model.sample_steps
 
     def spy(clips: torch.Tensor, mask, **options):
         seen.append(mask.grid.float().mean().item())
         return sample(clips, mask, **options)
 
-    model.sample = spy
+    model.sample_steps = spy
     try:
         inpaint(model, video(4, 41, 67), "random:0.75", settings=RenderSettings(steps=1, overlap=0))
     finally:
-        del model.sample
+        del model.sample_steps
     assert seen == [0.75]
 
 
@@ -130,17 +130,17 @@ def test_what_one_window_filled_is_context_of_the_next(model: DiffMAE) -> None:
     shares = {}
     for overlap in (0.0, 0.5):
         seen = []
-        sample = model.sample
+        sample = model.sample_steps
 
         def spy(clips: torch.Tensor, mask, seen=seen, sample=sample, **options):
             seen.append(mask.grid.float().mean().item())
             return sample(clips, mask, **options)
 
-        model.sample = spy
+        model.sample_steps = spy
         try:
             inpaint(model, video(12), box(12), settings=RenderSettings(steps=1, overlap=overlap))
         finally:
-            del model.sample
+            del model.sample_steps
         shares[overlap] = seen
     assert shares[0.0][0] == shares[0.0][1] == shares[0.5][0]
     assert shares[0.5][1] == pytest.approx(shares[0.5][0] / 2)
@@ -150,17 +150,17 @@ def test_a_gap_is_seen_from_both_sides(model: DiffMAE) -> None:
     mask = torch.zeros(12, 40, 60, dtype=torch.bool)
     mask[6:8] = True
     seen = []
-    sample = model.sample
+    sample = model.sample_steps
 
     def spy(clips: torch.Tensor, given, **options):
         seen.append(given.grid.view(2, 16).all(1).tolist())
         return sample(clips, given, **options)
 
-    model.sample = spy
+    model.sample_steps = spy
     try:
         inpaint(model, video(12), mask, settings=RenderSettings(steps=1))
     finally:
-        del model.sample
+        del model.sample_steps
     assert len(seen) == 1
     assert sum(seen[0]) == 1
 
@@ -176,18 +176,18 @@ def test_visible_pixels_inside_a_masked_patch_guide_the_result(model: DiffMAE) -
     where = hidden.unsqueeze(1).expand_as(clip)
     assert not torch.equal(results[0][where], results[1][where])
     given = []
-    sample = model.sample
+    sample = model.sample_steps
 
     def spy(clips: torch.Tensor, mask, known: torch.Tensor | None = None, **options):
         given.append(known)
         return sample(clips, mask, known=known, **options)
 
-    model.sample = spy
+    model.sample_steps = spy
     try:
         inpaint(model, clip, hidden, settings=settings)
         inpaint(model, clip, "random:0.5", settings=settings)
     finally:
-        del model.sample
+        del model.sample_steps
     patch = torch.zeros(4, 16, 16, dtype=torch.bool)
     patch[:, 4:8, 4:8] = True
     assert torch.equal(given[0][0, 0], patch & ~hidden)
