@@ -37,10 +37,10 @@ format: setup
 
 # The site lies in site/: open site/index.html, or watch it while writing with `make docs-serve`
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.docs
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 release: $(VENV)/.release
 	.ci/release

@@ -35,7 +35,7 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
     """List a data set.
 
     Args:
-        source: folder or URL; or a CSV/TSV file of path,label[,split][,start,end] with paths relative to its folder.
+        source: folder or URL; or a CSV/TSV file of `path,label[,split][,start,end]` with paths relative to its folder.
         layout: `auto`, or the name of one.
         kind: `video` or `image`.
         fold: which of the three official splits of UCF101 and HMDB51.
