@@ -1,0 +1,89 @@
+"""The documentation holds: links lead somewhere, commands parse, Python examples compile, settings it names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from diffmae_video.cli.app import app
+from diffmae_video.config.recipes import load_settings, setting_keys
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+# the others are history
+CURRENT = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md", "decisions.md")]
+    page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md", "decisions.md")
+]  # the others are history
+
+
+def _id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _anchors(page: Path) -> set[str]:
+    """Anchors of headings, by the rule of the repository's host and of MkDocs."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith("reference/") or "../reference/" in path:
+            continue  # made with the site, which is built strictly
+        goal = (page.parent / path).resolve() if path else page
+        assert goal.exists(), target
+        if anchor and goal.suffix == ".md":
+            assert anchor in _anchors(goal), target
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """Words of each `diffmae ...` line in code blocks that are no Python, TOML or output."""
+    found = []
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text("utf-8"), re.S):
+        if language in ("", "bash", "console"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if "diffmae" in words:
+                    found.append(words[words.index("diffmae") + 1 :])
+    return found
+
+
+def _parse(words: list[str]) -> Any:
+    command, name = typer.main.get_command(app), "diffmae"
+    while getattr(command, "commands", None) and words and words[0] in command.commands:
+        command, name, words = command.commands[words[0]], words[0], words[1:]
+    assert name != "diffmae" or words == ["--help"], f"there is no command {words[0]}"
+    return command.make_context(name, list(words), resilient_parsing=False)
+
+
+@pytest.mark.parametrize("page", [page for page in CURRENT if _commands(page)], ids=_id)
+def test_commands_parse(page: Path) -> None:
+    for words in _commands(page):
+        context = _parse(words)
+        for text in context.params.get("overrides") or context.params.get("set") or ():
+            load_settings("video-tiny", "pretrain", [text])
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=_id)
+def test_python_examples_compile(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S):
+        compile(block, _id(page), "exec")
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=_id)
+def test_settings_that_are_named_exist(page: Path) -> None:
+    keys = set(setting_keys())
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    text = page.read_text("utf-8")
+    for key in re.findall(r"`([a-z]+\.[a-z_.]+?)(?: = [^`]*|=[^`]*)?`", text) + re.findall(r"--set \"?([\w.]+)=", text):
+        section = key.split(".")[0]
+        if section in sections and not key.endswith((".toml", ".py", ".md", ".json", ".txt", ".safetensors", ".parquet")):
+            assert key in keys or any(known.startswith(f"{key}.") for known in keys), key
