@@ -15,10 +15,9 @@ from diffmae_video.config.recipes import load_settings, setting_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
-# the others are history
-CURRENT = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md", "decisions.md")]
-    page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md", "decisions.md")
-]  # the others are history
+HISTORY = ("LOG.md", "CHANGELOG.md", "decisions.md")
+CURRENT = [page for page in PAGES if page.name not in HISTORY]
+FILES = (".toml", ".py", ".md", ".json", ".txt", ".safetensors", ".parquet")
 
 
 def _id(page: Path) -> str:
@@ -85,5 +84,5 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for key in re.findall(r"`([a-z]+\.[a-z_.]+?)(?: = [^`]*|=[^`]*)?`", text) + re.findall(r"--set \"?([\w.]+)=", text):
         section = key.split(".")[0]
-        if section in sections and not key.endswith((".toml", ".py", ".md", ".json", ".txt", ".safetensors", ".parquet")):
+        if section in sections and not key.endswith(FILES):
             assert key in keys or any(known.startswith(f"{key}.") for known in keys), key
