@@ -213,6 +213,8 @@ class TrainSettings(Section):
     """Clips per optimizer step over all processes, accumulation and repeats included."""
     accumulate: Positive = 1
     """Micro-batches per optimizer step."""
+    optimizer: str = "adamw"
+    """Optimizer, by timm's name (`timm.optim.list_optimizers()`): `adamw`, `lamb`, `lion`, `sgd`, ..."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     """Learning rate per 256 clips: lr = base_lr * batch_size / 256."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
@@ -220,9 +222,9 @@ class TrainSettings(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """AdamW weight decay; none on norms, biases, positions and tokens."""
+    """Weight decay; none on norms, biases, positions and tokens."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas."""
+    """Decay of the moments, of optimizers that have two."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer below the head."""
     clip_grad: Annotated[float, Field(ge=0)] = 0.0

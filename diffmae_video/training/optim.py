@@ -1,7 +1,8 @@
-"""The optimizer: parameter groups, AdamW, learning rate, and the moving average of the weights."""
+"""The optimizer: parameter groups, timm's factory, learning rate, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,14 +10,21 @@ from typing import Any
 import diffmae_video.compat  # noqa: F401 - before timm, which imports torchvision
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import Tensor, nn
 
 from diffmae_video.config import TrainSettings
+from diffmae_video.errors import UsageError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for AdamW: no decay on vectors (norms, biases) and on what `model.no_weight_decay()` names.
+    """Groups of parameters: no decay on vectors (norms, biases) and on what `model.no_weight_decay()` names.
 
     With `layer_decay` below 1 each group carries `lr_scale` = layer_decay ** (layers above it), by the model's
     `group_matcher` (MAE, FINETUNE.md; timm's implementation).
@@ -27,10 +35,32 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
 
 
-def build_optimizer(model: nn.Module, train: TrainSettings, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, with the learning rate left to `set_learning_rate`."""
+def build_optimizer(model: nn.Module, train: TrainSettings, fused: bool = True) -> torch.optim.Optimizer:
+    """`train.optimizer` over `parameter_groups`, with the learning rate of each step left to `set_learning_rate`.
+
+    Args:
+        fused: let PyTorch's Adam and AdamW update all parameters in one kernel.
+
+    Raises:
+        UsageError: timm has no optimizer of that name, or it needs more than gradients.
+    """
+    name = train.optimizer
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(
+            f"train.optimizer = {name} is no optimizer of timm{hint}; timm.optim.list_optimizers() has all."
+        )
+    known = get_optimizer_info(name)
+    if known.second_order:
+        raise UsageError(f"train.optimizer = {name} needs second derivatives, which training does not compute.")
+    options: dict[str, Any] = {}
+    if known.has_betas and known.num_betas == 2:
+        options["betas"] = train.betas
+    if known.opt_class in (torch.optim.AdamW, torch.optim.Adam):
+        options["fused"] = fused
     groups = parameter_groups(model, train.weight_decay, train.layer_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=fused)
+    return create_optimizer_v2(groups, name, lr=peak_learning_rate(train), weight_decay=train.weight_decay, **options)
 
 
 def peak_learning_rate(train: TrainSettings) -> float:

@@ -8,35 +8,57 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from diffmae_video.training.optim import MovingAverage
 
-_SLOTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
-
 
 def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage | None) -> dict[str, Tensor]:
-    """The tensors of a run, not copied: `model.NAME`, `optimizer.NAME.SLOT`, `ema.NAME`.
-
-    AdamW makes its state at the first step; here it is made at once (zeros, as AdamW would), so that a checkpoint can
-    be read into it.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            state = optimizer.state[parameter]
-            if "step" not in state:
-                place = parameter.device if group.get("fused") else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            for slot in _SLOTS:
-                tensors[f"optimizer.{names[parameter]}.{slot}"] = state[slot]
+    """The tensors of a run, not copied: `model.NAME`, `optimizer.NAME.SLOT`, `ema.NAME`. A collective under FSDP."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, slots in _optimizer_state(model, optimizer)["state"].items():
+        tensors |= {f"optimizer.{name}.{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
     if average is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in average.average.items()}
     return tensors
+
+
+def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer counts outside tensors (some of timm's count their steps so): JSON-like."""
+    state = _optimizer_state(model, optimizer)
+    slots = {
+        name: {slot: value for slot, value in values.items() if not isinstance(value, Tensor)}
+        for name, values in state["state"].items()
+    }
+    steps = [float(group["step"]) if "step" in group else None for group in state["param_groups"]]
+    return {"state": {name: values for name, values in slots.items() if values}, "steps": steps}
+
+
+def set_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+    """Make the optimizer continue from its tensors as they were loaded, and from `optimizer_numbers`."""
+    state = _optimizer_state(model, optimizer)
+    for name, values in numbers["state"].items():
+        state["state"][name] |= values
+    for group, step in zip(state["param_groups"], numbers["steps"], strict=True):
+        if step is not None:
+            group["step"] = torch.full_like(group["step"], step) if isinstance(group["step"], Tensor) else int(step)
+    set_optimizer_state_dict(model, optimizer, state)
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state by the names of parameters; made now (zeros) where no step was taken yet."""
+    fresh = not optimizer.state
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # type: ignore[assignment]
+    if fresh:  # PyTorch makes the state by a step without gradients; that step does not count
+        for slots in (*state["state"].values(), *state["param_groups"], *optimizer.param_groups):
+            if isinstance(slots.get("step"), Tensor):
+                slots["step"].zero_()
+            elif "step" in slots:
+                slots["step"] = 0
+        for slots in optimizer.state.values():
+            if isinstance(slots.get("step"), int | float):
+                slots["step"] = 0
+    return state
 
 
 def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:

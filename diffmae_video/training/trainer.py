@@ -120,6 +120,7 @@ class Trainer:
         same = found.state["world"] == world
         generators = state.random_tensors(rank, self.device) if same else {}
         load_tensors(found, {**tensors, **generators}, world)
+        state.set_optimizer(self.model, self.optimizer, found.state["optimizer"])
         if same:
             state.set_random(generators, rank, self.device)
         else:
@@ -380,6 +381,7 @@ class Trainer:
             "best_step": self.files.best_step,
             "bad": bad,
             "scaler": self.scaler.state_dict(),
+            "optimizer": state.optimizer_numbers(self.model, self.optimizer),
             "overflows": self.overflows,
             "window": self.meter.state(self.distributed),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from diffmae_video.config import ModelSettings, TrainSettings
+from diffmae_video.errors import UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.training import optim
+from diffmae_video.models.encoder import Encoder
+from diffmae_video.training import optim, state
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,48 @@ def test_moving_average_against_its_definition():
     torch.testing.assert_close(layer.weight.detach(), expected)
     average.swap()
     torch.testing.assert_close(layer.weight.detach(), now)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "adafactor", "adanw", "sgdw"])
+def test_any_optimizer_of_timm_continues_bit_for_bit(name):
+    """Their counts live in tensors (AdamW), in numbers (Adafactor) or in the group (LAMB, Adan)."""
+
+    def made():
+        encoder = Encoder(ModelSettings(preset="nano", frames=4, size=(16, 16), patch=8), seed=0)
+        classifier = Classifier(encoder, 5, head_init=0.1)
+        classifier.encoder.patch_embed.requires_grad_(False)  # frozen parameters have no state
+        return classifier, optim.build_optimizer(classifier, TrainSettings(optimizer=name, layer_decay=0.75))
+
+    def step(classifier, optimizer, number):
+        clips = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(number))
+        classifier(clips).square().sum().backward()
+        optim.set_learning_rate(optimizer, 1e-3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    straight, first = made()
+    state.run_tensors(straight, first, None)  # a checkpoint before the first step changes nothing
+    for number in range(4):
+        step(straight, first, number)
+    half, second = made()
+    for number in range(2):
+        step(half, second, number)
+    saved = {key: tensor.clone() for key, tensor in state.run_tensors(half, second, None).items()}
+    numbers = json.loads(json.dumps(state.optimizer_numbers(half, second)))
+    resumed, third = made()
+    places = state.run_tensors(resumed, third, None)
+    assert places.keys() == saved.keys()
+    for key, tensor in saved.items():
+        places[key].copy_(tensor)
+    state.set_optimizer(resumed, third, numbers)
+    for number in range(2, 4):
+        step(resumed, third, number)
+    expected = straight.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in resumed.state_dict().items())
+
+
+def test_unknown_optimizers_are_named_with_the_nearest(model):
+    with pytest.raises(UsageError, match=r"adamww is no optimizer of timm \(did you mean adamw\?\)"):
+        optim.build_optimizer(model, TrainSettings(optimizer="adamww"))
+    with pytest.raises(UsageError, match="second derivatives"):
+        optim.build_optimizer(model, TrainSettings(optimizer="adahessian"))
