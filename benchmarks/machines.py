@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,8 +83,8 @@ def prepare(folder: Path) -> None:
         done = subprocess.run([*run, *arguments, *extra], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    clip = sorted((folder / "clips").rglob("*.mp4"))[0]
-    (folder / "clip.mp4").write_bytes(clip.read_bytes())
+    clip = min(path for path in (folder / "clips").rglob("*") if path.suffix in (".mp4", ".mkv", ".avi"))
+    shutil.copy(clip, folder / "clip.mp4")
 
 
 def spin() -> None:
@@ -134,7 +135,8 @@ def measure(folder: Path, variants: list[str], stages: Any, rounds: int) -> dict
 
     def ask(name: str, stage: str) -> float:
         child = children[name]
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         child.stdin.write(f"{stage}\n")
         child.stdin.flush()
         return float(child.stdout.readline())
