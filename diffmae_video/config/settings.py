@@ -119,12 +119,18 @@ class ModelSettings(Section):
 class DiffusionSettings(Section):
     """The noise process on masked patches."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Base variances: linear 1e-4..0.02 (DDPM) or cosine."""
+    schedule: Literal["linear", "cosine", "flow"] = "linear"
+    """Base variances, linear 1e-4..0.02 (DDPM) or cosine; or the straight line of flow matching, which needs rho = 1."""
     timesteps: Positive = 1000
     """Diffusion steps of training."""
     rho: Annotated[float, Field(gt=0)] = 0.8
     """Exponent of every beta; below 1 amplifies the noise (paper, section 3)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionSettings:
+        if self.schedule == "flow" and self.rho != 1:
+            raise ValueError(f"rho = {self.rho} is an exponent of betas, and schedule = 'flow' has none: set rho = 1")
+        return self
 
 
 class MaskSettings(Section):
@@ -309,7 +315,7 @@ class RenderSettings(Section):
 
     mask: str = "random:0.75"
     """`KIND[:VALUE]`, a box, or a file; see `diffmae render-inpaint --help`."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
     """Sampler."""
     steps: Positive = 3
     """Denoising steps: the fewest within 1% of 1000-step DDPM that also beat the first step in features

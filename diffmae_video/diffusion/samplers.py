@@ -157,5 +157,42 @@ def dpm_solver_pp_2m(
             last_x_0, last_h = x_0, h
 
 
+@samplers.register("heun")
+def heun(
+    denoise: Denoiser,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    generator: Generators = None,
+    spacing: str = "angle",
+) -> Iterator[Step]:
+    """Heun's second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1), two predictions a step but for the last.
+
+    A step of DDIM, a second prediction where it arrives, and the step again with the mean of both predictions: the
+    linear part of the flow is solved exactly (DPM-Solver++(2S), arXiv 2211.01095, at r = 1), so that steps from pure
+    noise and towards no noise, where EDM's form divides by the noise, may be as long as one likes.
+
+    Args:
+        denoise: predicts x_0.
+        x_T: pure noise (B, ...).
+        schedule: of the training.
+        steps: steps; 2 steps - 1 predictions.
+        generator: not used.
+        spacing: see `Schedule.respace`.
+    """
+    kept = schedule.respace(steps, spacing)
+    signal, sigma = kept.signal.tolist(), kept.sigma.tolist()
+    x = x_T
+    for step, i in enumerate(reversed(range(steps))):
+        timestep = int(kept.timesteps[i])
+        x_0 = _predict(denoise, x, timestep)
+        yield Step(step, timestep, x, x_0)
+        if i:
+            of_xt = sigma[i - 1] / sigma[i]
+            of_x0 = signal[i - 1] - of_xt * signal[i]
+            there = _predict(denoise, of_xt * x + of_x0 * x_0, int(kept.timesteps[i - 1]))
+            x = of_xt * x + of_x0 * (x_0 + there) / 2
+
+
 def _predict(denoise: Denoiser, x: Tensor, timestep: int) -> Tensor:
     return denoise(x, x.new_full((len(x),), timestep, dtype=torch.long))

@@ -32,14 +32,20 @@ class Schedule:
         """Tables of a training schedule.
 
         Args:
-            kind: `linear`, betas 1e-4..0.02 at 1000 steps, scaled by 1000 / T otherwise (DDPM, arXiv 2006.11239), or
-                `cosine` (arXiv 2102.09672, eq. 17).
+            kind: `linear`, betas 1e-4..0.02 at 1000 steps, scaled by 1000 / T otherwise (DDPM, arXiv 2006.11239),
+                `cosine` (arXiv 2102.09672, eq. 17), or `flow`, the straight line x_t = (1 - t) x_0 + t noise at the T
+                middles of equal parts of [0, 1] (flow matching, arXiv 2210.02747; rectified flow, arXiv 2209.03003).
             timesteps: diffusion steps T.
-            rho: exponent of every beta; below 1 amplifies the noise (DiffMAE, section 3).
+            rho: exponent of every beta; below 1 amplifies the noise (DiffMAE, section 3). `flow` has no betas.
 
         Raises:
-            ValueError: an unknown kind.
+            ValueError: an unknown kind, or a rho for `flow`.
         """
+        if kind == "flow":
+            if rho != 1:
+                raise ValueError(f"rho = {rho} is an exponent of betas, and schedule = 'flow' has none: set rho = 1")
+            time = (torch.arange(timesteps, dtype=torch.float64, device="cpu") + 0.5) / timesteps
+            return cls(torch.arange(timesteps, device="cpu"), 1 - time, time)
         if kind == "linear":
             scale = 1000 / timesteps
             betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
@@ -48,7 +54,7 @@ class Schedule:
             power = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - power[1:] / power[:-1]
         else:
-            raise ValueError(f"schedule {kind!r} is not one of linear, cosine")
+            raise ValueError(f"schedule {kind!r} is not one of linear, cosine, flow")
         return cls.from_betas(betas.clamp(max=0.999) ** rho, torch.arange(timesteps, device="cpu"))
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import diffmae_video.compat  # noqa: F401
 
@@ -14,7 +15,7 @@ import torch
 
 from diffmae_video import registry
 from diffmae_video.diffusion import samplers
-from diffmae_video.diffusion.samplers import Step, ddim, ddpm, dpm_solver_pp_2m
+from diffmae_video.diffusion.samplers import Step, ddim, ddpm, dpm_solver_pp_2m, heun
 from diffmae_video.diffusion.schedule import Schedule
 
 STEPS = 20
@@ -223,10 +224,10 @@ class Gaussian:
 
     def denoise(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_t, visible]: the posterior mean of a Gaussian seen through Gaussian noise."""
-        signal = self.schedule.alphas_bar[int(timestep[0])]
-        total = signal * self.covariance + (1 - signal) * torch.eye(4, dtype=torch.float64)
-        gain = signal.sqrt() * self.covariance @ torch.linalg.inv(total)
-        return self.mean + (x - signal.sqrt() * self.mean) @ gain.T
+        signal, sigma = self.schedule.signal[int(timestep[0])], self.schedule.sigma[int(timestep[0])]
+        total = signal**2 * self.covariance + sigma**2 * torch.eye(4, dtype=torch.float64)
+        gain = signal * self.covariance @ torch.linalg.inv(total)
+        return self.mean + (x - signal * self.mean) @ gain.T
 
     def moments(self, sampler: str, steps: int, spacing: str = "angle") -> tuple[torch.Tensor, torch.Tensor]:
         """Exact mean and covariance of what a deterministic sampler makes of N(0, I): it is affine in x_T."""
@@ -240,11 +241,22 @@ class Gaussian:
         return float((self.moments(sampler, steps, spacing)[1] - self.covariance).abs().max())
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_gaussian_conditional_of_deterministic_samplers(sampler):
+SCHEDULES = {
+    "linear": Schedule.make("linear", 1000, 0.8),
+    "rho 1": Schedule.make("linear", 1000, 1.0),
+    "cosine": Schedule.make("cosine", 1000, 1.0),
+    "flow": Schedule.make("flow", 1000, 1.0),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun"])
+def test_gaussian_conditional_of_deterministic_samplers(sampler, schedule):
     problem = Gaussian()
+    problem.schedule = SCHEDULES[schedule]
     mean, covariance = problem.moments(sampler, 500)
-    torch.testing.assert_close(mean, problem.mean, atol=5e-3, rtol=0)
+    left = float(problem.schedule.signal[-1])  # what the sampler, which starts from pure noise, knows nothing of
+    torch.testing.assert_close(mean, problem.mean, atol=5e-3 + left, rtol=0)
     largest = float(problem.covariance.abs().max())
     torch.testing.assert_close(covariance, problem.covariance, atol=0.02 * largest, rtol=0)
 
@@ -357,6 +369,87 @@ def test_dpm_solver_is_second_order_on_even_log_steps():
         return float(((out[1] - out[0]) - exact).abs().max())
 
     order = math.log2(error(80) / error(160))
+    assert 1.7 < order < 2.3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_sampler_comes_nearer_with_every_doubling(schedule, monkeypatch):
+    """On data where the right answer is known, the error of the covariance falls with every doubling of the steps; the
+    second order needs 8 of them to be monotonous where it extrapolates (DPM-Solver++)."""
+    problem = Gaussian()
+    problem.schedule = SCHEDULES[schedule]
+    largest = float(problem.covariance.abs().max())
+    counts = (1, 2, 4, 8, 16, 32, 64)
+    errors = {name: [problem.error(name, steps) for steps in counts] for name in ("ddim", "dpm++", "heun")}
+    errors["ddpm"] = [
+        float((exact_moments_of_ddpm(problem, steps, monkeypatch)[1] - problem.covariance).abs().max())
+        for steps in counts
+    ]
+    for name, values in errors.items():
+        assert values[0] > 0.99 * largest, name  # one step is the mean: no spread at all
+        assert all(later < earlier for earlier, later in pairwise(values[3 if name == "dpm++" else 1 :])), name
+        assert values[-1] < 0.07 * largest, name
+    for name in ("dpm++", "heun"):
+        assert errors[name][-1] < errors["ddim"][-1] / 4
+
+
+def test_flow_is_the_straight_line():
+    """x_t of flow matching, at middles of equal parts, so that neither end divides by zero."""
+    schedule = Schedule.make("flow", 1000)
+    torch.testing.assert_close(schedule.signal + schedule.sigma, torch.ones(1000, dtype=torch.float64))
+    assert float(schedule.sigma[0]) == pytest.approx(5e-4)
+    assert float(schedule.signal[-1]) == pytest.approx(5e-4)
+    with pytest.raises(ValueError, match="rho = 1"):
+        Schedule.make("flow", 1000, 0.8)
+    with pytest.raises(ValueError, match="linear, cosine, flow"):
+        Schedule.make("sigmoid")
+
+
+def test_flow_trajectory_of_diffusers():
+    """DDIM on the straight line is Euler's method of flow matching: x moves along noise - x_0."""
+    schedule = Schedule.make("flow")
+    kept = schedule.respace(STEPS)
+    peer = diffusers.FlowMatchEulerDiscreteScheduler()
+    peer.set_timesteps(sigmas=kept.sigma.flip(0).tolist())
+    peer.sigmas = torch.cat([kept.sigma.flip(0), torch.zeros(1, dtype=torch.float64)])
+    steps = list(ddim(linear_denoiser, start(), schedule, STEPS))
+    x = start()
+    for i, now in enumerate(reversed(range(STEPS))):
+        torch.testing.assert_close(steps[i].x_t, x, atol=1e-5, rtol=1e-5)
+        x_0 = linear_denoiser(x, torch.full((3,), int(kept.timesteps[now])))
+        x = peer.step((x - x_0) / kept.sigma[now], peer.timesteps[i], x).prev_sample.double()
+    torch.testing.assert_close(steps[-1].x_0, x, atol=1e-5, rtol=1e-5)
+
+
+def test_heun_trajectory_of_diffusers():
+    """Each of our steps is their DPM-Solver++(2S) with its middle moved to the end."""
+    schedule = Schedule.make()
+    kept = schedule.respace(STEPS)
+    steps = list(heun(linear_denoiser, start(), schedule, STEPS))
+    for i in range(STEPS - 1):
+        now, before = int(kept.timesteps[STEPS - 1 - i]), int(kept.timesteps[STEPS - 2 - i])
+        peer = in_float64(
+            diffusers.DPMSolverSinglestepScheduler(
+                prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+            )
+        )
+        peer.set_timesteps(3)
+        ratio = (schedule.sigma / schedule.signal)[[now, before, before]]
+        peer.sigmas = torch.cat([ratio, ratio[-1:]])
+        x = steps[i].x_t
+        peer._step_index = 0
+        first = linear_denoiser(x, torch.full((3,), now))
+        there = peer.dpm_solver_first_order_update(first, sample=x)
+        peer._step_index = 1
+        outputs = [first, linear_denoiser(there, torch.full((3,), before))]
+        x = peer.singlestep_dpm_solver_second_order_update(outputs, sample=x)
+        torch.testing.assert_close(steps[i + 1].x_t, x, atol=1e-6, rtol=1e-6)
+
+
+def test_heun_is_second_order():
+    """Halving the step divides the error by about four, until the grain of the timesteps and the last jump show."""
+    problem = Gaussian()
+    order = math.log(problem.error("heun", 8) / problem.error("heun", 32), 4)
     assert 1.7 < order < 2.3
 
 
