@@ -120,7 +120,7 @@ class DiffusionSettings(Section):
     """The noise process on masked patches."""
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"
-    """Base variances, linear 1e-4..0.02 (DDPM) or cosine; or the straight line of flow matching, which needs rho = 1."""
+    """Base variances, linear 1e-4..0.02 (DDPM) or cosine; or flow matching's straight line (rho = 1)."""
     timesteps: Positive = 1000
     """Diffusion steps of training."""
     rho: Annotated[float, Field(gt=0)] = 0.8
