@@ -42,7 +42,8 @@ def run_seed(
     """Top-1 by arm and protocol, and process CPU seconds by stage, of one seed."""
     from diffmae_video.pipelines.evaluate import evaluate
     from diffmae_video.pipelines.finetune import finetune
-    from diffmae_video.pipelines.pretrain import pretrain_with_recipe
+    from diffmae_video.pipelines.job import Job
+    from diffmae_video.pipelines.pretrain import pretrain
 
     folder = work / f"seed{seed}"
     done = folder / "result.json"
@@ -50,23 +51,15 @@ def run_seed(
         return json.loads(done.read_text())
     seconds: dict[str, float] = {}
 
-    def timed(name: str, stage: Any, **arguments: Any) -> Any:
+    def timed(name: str, stage: Any, *arguments: Any) -> Any:
         begun = _cpu()
-        result = stage(**arguments)
+        result = stage(*arguments)
         seconds[name] = round(_cpu() - begun, 1)
         return result
 
     pretrained = folder / "pretrain"
-    timed(
-        "pretrain",
-        pretrain_with_recipe,
-        recipe=recipe,
-        overrides=overrides["pretrain"],
-        seed=seed,
-        data=str(shards),
-        out=pretrained,
-        device="cpu",
-    )
+    shared = Job(recipe=recipe, data=str(shards), seed=seed, device="cpu")
+    timed("pretrain", pretrain, shared.with_(overrides=overrides["pretrain"], out=pretrained))
     scores: dict[str, dict[str, float]] = {}
     for arm in arms:
         init = str(pretrained) if arm.startswith("pretrained") else "scratch"
@@ -74,23 +67,12 @@ def run_seed(
         run = folder / arm.replace(", ", "-").replace(" ", "-")
         if protocol == "linear" and run.exists():
             shutil.rmtree(run)
-        timed(
-            arm,
-            finetune,
-            task="tennis7",
-            init=init,
-            protocol=protocol,
-            data=shards,
-            recipe=recipe,
-            overrides=overrides["finetune"],
-            seed=seed,
-            device="cpu",
-            out=run,
-        )
+        job = shared.with_(overrides=overrides["finetune"], out=run)
+        timed(arm, finetune, job, "tennis7", init, protocol)
         out = folder / f"eval-{run.name}"
         if (out / "eval.json").exists():
             shutil.rmtree(out)
-        result = evaluate("tennis7", checkpoint=run, data=shards, device="cpu", out=out)
+        result = evaluate(Job(checkpoint=str(run), data=str(shards), device="cpu", out=out), "tennis7")
         scores[arm] = {views: one.top1 for views, one in result.scores.items()}
     result = {"seed": seed, "top1": scores, "cpu_seconds": seconds}
     done.write_text(json.dumps(result, indent=1))

@@ -32,10 +32,11 @@ from diffmae_video.config import Settings, load_settings
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.plan import measure
-from diffmae_video.pipelines.pretrain import open_stream
 from diffmae_video.pipelines.shard import ShardJob, shard
+from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.loop import train
 from diffmae_video.training.pretraining import PretrainTask
+from diffmae_video.training.streams import open_stream
 
 COMMAND = [sys.executable, "-c", "from diffmae_video.cli.app import main; main()"]
 PLAIN = ("train.picture_every=0", "data.eval_split=none")  # validation then reads the training split, once at the end
@@ -192,15 +193,19 @@ def _stream_rate(settings: Settings, batches: int) -> float:
     return batches * settings.train.batch_size / seconds
 
 
+class RepeatedTask(PretrainTask):
+    """Pre-training on one batch again and again: what is left is the model."""
+
+    def open_stream(self, rank: int, world: int) -> Any:
+        return Repeated(super().open_stream(rank, world))
+
+
 def _train_rate(settings: Settings, out: Path, repeated: bool = False) -> tuple[float, float]:
-    def streams(rank: int, world: int) -> Any:
-        stream = open_stream(settings, rank, world)
-        return Repeated(stream) if repeated else stream
-
-    from diffmae_video.training.distributed import Distributed
-
-    task = PretrainTask(DiffMAE(settings.model, settings.diffusion), settings, None, Distributed(), {})
-    train(task, settings, streams, out)
+    kind = RepeatedTask if repeated else PretrainTask
+    task = kind(DiffMAE(settings.model, settings.diffusion), settings, None, Distributed(), {})
+    identity = run_identity(settings, "pretrain", "")
+    with claim(out, identity):
+        train(task, settings, Run(out, identity))
     rate, wait = (statistics.median(lines_of(out, name, after=5)) for name in ("clips_per_s", "data_wait"))
     return rate, wait
 

@@ -1,12 +1,19 @@
-"""Options that several commands share, each with its environment variable."""
+"""Options that several commands share, each with its environment variable, and the job they make."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+from diffmae_video.errors import UsageError
+from diffmae_video.pipelines.job import Job
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Device(str, Enum):
@@ -49,9 +56,6 @@ CheckpointOption = Annotated[
         "--checkpoint", metavar="PATH", envvar="DIFFMAE_CHECKPOINT", help="Run or weights; the newest by default."
     ),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", envvar="DIFFMAE_OVERWRITE", help="Replace what the output folder holds.")
-]
 NprocOption = Annotated[
     int, typer.Option("--nproc", min=1, envvar="DIFFMAE_NPROC", help="Processes on this machine, one a GPU.")
 ]
@@ -59,3 +63,77 @@ ResumeOption = Annotated[
     str,
     typer.Option("--resume", metavar="auto|never|PATH", envvar="DIFFMAE_RESUME", help="Continue an interrupted run."),
 ]
+ProfileOption = Annotated[
+    int,
+    typer.Option("--profile", min=0, metavar="N", envvar="DIFFMAE_PROFILE", help="Trace N steps with the profiler."),
+]
+VideoOption = Annotated[bool, typer.Option("--video", envvar="DIFFMAE_VIDEO", help="On clips (the default).")]
+ImageOption = Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="On images.")]
+JointOption = Annotated[
+    bool, typer.Option("--joint", envvar="DIFFMAE_JOINT", help="On a mix: --data VIDEOS,IMAGES, or data.sources.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", envvar="DIFFMAE_OVERWRITE", help="Replace what the output folder holds.")
+]
+
+_SHARED: dict[str, tuple[Any, Any]] = {
+    "video": (VideoOption, False),
+    "image": (ImageOption, False),
+    "joint": (JointOption, False),
+    "checkpoint": (CheckpointOption, None),
+    "data": (DataOption, None),
+    "recipe": (RecipeOption, "auto"),
+    "overrides": (SetOption, None),
+    "out": (OutOption, None),
+    "seed": (SeedOption, None),
+    "device": (DeviceOption, Device.auto),
+    "nproc": (NprocOption, 1),
+    "resume": (ResumeOption, "auto"),
+    "dry_run": (DryRunOption, False),
+    "profile": (ProfileOption, 0),
+}
+"""Shared options by parameter name: how each is written, and its default."""
+_SETTINGS = {"profile": "train.profile"}
+"""Options that are another way to write `--set KEY=VALUE`."""
+_KINDS = ("video", "image", "joint")
+
+
+def shares(*names: str) -> Callable[[Command], Command]:
+    """Decorator of a command `f(..., **options)`: it also takes these shared options, for `job_of(options)`."""
+
+    def add(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in _SHARED.items()
+            if name in names
+        ]
+        keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in own]
+        command.__signature__ = signature.replace(parameters=[*keywords, *shared])  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in [*keywords, *shared]}
+        return command
+
+    return add
+
+
+def job_of(options: dict[str, Any]) -> Job:
+    """The job that shared options make."""
+    fields = {name: value for name, value in options.items() if name in Job.__dataclass_fields__}
+    settings = [f"{key}={options[name]}" for name, key in _SETTINGS.items() if options.get(name)]
+    fields["overrides"] = (*(fields.get("overrides") or ()), *settings)
+    if isinstance(fields.get("device"), Device):
+        fields["device"] = fields["device"].value
+    return Job(**fields)
+
+
+def kind_of(options: dict[str, Any]) -> Any:
+    """The one of `--video`, `--image` and `--joint` that was given; `video` without one.
+
+    Raises:
+        UsageError: several were.
+    """
+    chosen = [name for name in _KINDS if options.get(name)]
+    if len(chosen) > 1:
+        raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other: choose one.")
+    return chosen[0] if chosen else "video"

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from diffmae_video.cli.options import (
-    CheckpointOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    DryRunOption,
-    NprocOption,
-    OutOption,
-    RecipeOption,
-    ResumeOption,
-    SeedOption,
-    SetOption,
-)
+from diffmae_video.cli.options import OutOption, SeedOption, job_of, shares
 
 TaskOption = Annotated[
     str,
@@ -36,7 +24,7 @@ ViewsOption = Annotated[
 ]
 
 
-class Protocol(str, Enum):
+class ProbeProtocol(str, Enum):
     """How much is trained."""
 
     finetune = "finetune"
@@ -45,6 +33,7 @@ class Protocol(str, Enum):
     knn = "knn"
 
 
+@shares("data", "recipe", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run")
 def finetune(
     task: TaskOption,
     init: Annotated[
@@ -57,99 +46,57 @@ def finetune(
         ),
     ] = "auto",
     protocol: Annotated[
-        Protocol | None,
+        ProbeProtocol | None,
         typer.Option("--protocol", envvar="DIFFMAE_PROTOCOL", help="Train everything, or probe frozen features."),
     ] = None,
-    data: DataOption = None,
-    recipe: RecipeOption = "auto",
-    override: SetOption = None,
-    out: OutOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = Device.auto,
-    nproc: NprocOption = 1,
-    resume: ResumeOption = "auto",
-    dry_run: DryRunOption = False,
+    **options: Any,
 ) -> None:
     """Train a classifier on a pre-trained encoder, or probe it.
 
     Example: diffmae finetune --task k400
     """
-    from diffmae_video.pipelines.finetune import finetune as run
+    from diffmae_video.pipelines import finetune as stage
 
-    run(
-        task,
-        init=init,
-        protocol=protocol.value if protocol else None,
-        data=data,
-        recipe=recipe,
-        overrides=override or [],
-        out=out,
-        seed=seed,
-        device=device.value,
-        nproc=nproc,
-        resume=resume,
-        dry_run=dry_run,
-    )
+    stage.finetune(job_of(options), task, init, protocol.value if protocol else None)
 
 
+@shares("checkpoint", "data", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run")
 def evaluate(
     task: TaskOption,
-    checkpoint: CheckpointOption = None,
     views: ViewsOption = None,
-    data: DataOption = None,
     masks: Annotated[
         str | None,
         typer.Option("--masks", envvar="DIFFMAE_MASKS", help="For inpaint: random:0.75,center,tube:0.9,frames,future."),
     ] = None,
-    override: SetOption = None,
-    out: OutOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = Device.auto,
-    nproc: NprocOption = 1,
-    resume: ResumeOption = "auto",
-    dry_run: DryRunOption = False,
+    **options: Any,
 ) -> None:
     """Test on a task: multi-view classification, or `--task inpaint`.
 
     Example: diffmae eval --task k400 --views 1x1,7x3
     """
     if task == "inpaint":
-        from diffmae_video.pipelines.evaluate_inpainting import evaluate_inpainting
+        from diffmae_video.pipelines import evaluate_inpainting
 
-        evaluate_inpainting(
-            checkpoint=checkpoint,
-            data=data,
+        job = job_of(options)
+        evaluate_inpainting.evaluate_inpainting(
+            checkpoint=job.checkpoint,
+            data=job.data,
             masks=masks,
-            overrides=override or [],
-            out=out,
-            seed=seed,
-            device=device.value,
-            dry_run=dry_run,
+            overrides=job.overrides,
+            out=job.out,
+            seed=job.seed,
+            device=job.device,
+            dry_run=job.dry_run,
         )
         return
-    from diffmae_video.pipelines.evaluate import evaluate as run
-    from diffmae_video.pipelines.evaluate import print_evaluation
+    from diffmae_video.pipelines import evaluate as stage
 
-    result = run(
-        task,
-        checkpoint=checkpoint,
-        views=views,
-        data=data,
-        overrides=override or [],
-        out=out,
-        seed=seed,
-        device=device.value,
-        nproc=nproc,
-        resume=resume,
-        dry_run=dry_run,
-    )
-    if result is not None:
-        print_evaluation(result)
+    if (result := stage.evaluate(job_of(options), task, views)) is not None:
+        stage.print_evaluation(result)
 
 
+@shares("checkpoint", "data", "overrides", "out", "seed", "device", "nproc", "dry_run")
 def features(
-    checkpoint: CheckpointOption = None,
-    data: DataOption = None,
     split: Annotated[
         list[str] | None,
         typer.Option("--split", envvar="DIFFMAE_SPLIT", help="Split to read; may be repeated; all by default."),
@@ -161,11 +108,7 @@ def features(
         bool,
         typer.Option("--tokens", envvar="DIFFMAE_TOKENS", help="Keep all tokens (half precision), not their mean."),
     ] = False,
-    override: SetOption = None,
-    out: OutOption = None,
-    device: DeviceOption = Device.auto,
-    nproc: NprocOption = 1,
-    dry_run: DryRunOption = False,
+    **options: Any,
 ) -> None:
     """Write the encoder's features of a data set: safetensors with a parquet table of keys and labels.
 
@@ -173,23 +116,12 @@ def features(
     """
     from diffmae_video.pipelines.features import extract_features
 
-    extract_features(
-        checkpoint=checkpoint,
-        data=data,
-        splits=split or [],
-        views=views,
-        tokens=tokens,
-        overrides=override or [],
-        out=out,
-        device=device.value,
-        nproc=nproc,
-        dry_run=dry_run,
-    )
+    extract_features(job_of(options), split or [], views, tokens)
 
 
+@shares("checkpoint", "overrides", "seed", "device")
 def predict(
     clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Videos or images.")],
-    checkpoint: CheckpointOption = None,
     task: Annotated[
         str | None,
         typer.Option("--task", metavar="NAME", envvar="DIFFMAE_TASK", help="Take the newest classifier of this task."),
@@ -199,27 +131,16 @@ def predict(
     json_lines: Annotated[
         bool, typer.Option("--json", envvar="DIFFMAE_JSON", help="One JSON object a line instead of a table.")
     ] = False,
-    override: SetOption = None,
-    device: DeviceOption = Device.auto,
+    **options: Any,
 ) -> None:
     """Classify loose files with a fine-tuned model.
 
     Example: diffmae predict holiday.mp4 --task k400
     """
-    from diffmae_video.pipelines.predict import predict as run
-    from diffmae_video.pipelines.predict import print_predictions
+    from diffmae_video.pipelines import predict as stage
 
-    found = run(
-        clips,
-        checkpoint=checkpoint,
-        task=task,
-        views=views,
-        top=top,
-        overrides=override or [],
-        device=device.value,
-        quiet=json_lines,
-    )
-    if not print_predictions(found, json_lines=json_lines):
+    found = stage.predict(job_of(options), clips, task, views, top, quiet=json_lines)
+    if not stage.print_predictions(found, json_lines=json_lines):
         raise typer.Exit(3)
 
 
@@ -247,11 +168,11 @@ def compare(
     print_comparison(result, str(a), str(b))
 
 
+@shares("data", "overrides", "out", "seed", "device", "dry_run")
 def loss_sweep(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Pre-training run; the workspace's newest by default.")
     ] = None,
-    data: DataOption = None,
     clips: Annotated[int, typer.Option("--clips", min=1, envvar="DIFFMAE_CLIPS", help="Clips of the split.")] = 64,
     steps: Annotated[
         int,
@@ -261,30 +182,15 @@ def loss_sweep(
         list[float] | None,
         typer.Option("--ratio", min=0.01, max=0.99, envvar="DIFFMAE_RATIO", help="Mask ratio; may be repeated."),
     ] = None,
-    override: SetOption = None,
-    out: OutOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = Device.auto,
-    dry_run: DryRunOption = False,
+    **options: Any,
 ) -> None:
     """Measure the denoising error by timestep and mask ratio: does pre-training work?
 
     Example: diffmae loss-sweep runs/pretrain-001
     """
-    from diffmae_video.pipelines.loss_sweep import loss_sweep as sweep
+    from diffmae_video.pipelines import loss_sweep as stage
 
-    sweep(
-        run,
-        data=data,
-        clips=clips,
-        steps=steps,
-        ratios=ratio or [],
-        overrides=override or [],
-        out=out,
-        seed=seed,
-        device=device.value,
-        dry_run=dry_run,
-    )
+    stage.loss_sweep(job_of(options), run, clips, steps, ratio or [])
 
 
 def register(app: typer.Typer) -> None:

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from diffmae_video.cli.options import (
-    DataOption,
-    Device,
-    DeviceOption,
-    DryRunOption,
-    NprocOption,
-    OutOption,
-    RecipeOption,
-    ResumeOption,
-    SeedOption,
-    SetOption,
+from diffmae_video.cli.options import job_of, kind_of, shares
+
+
+@shares(
+    *("video", "image", "joint", "data", "recipe", "overrides", "out"),
+    *("seed", "device", "nproc", "resume", "dry_run", "profile"),
 )
-
-
 def pretrain(
-    video: Annotated[bool, typer.Option("--video", envvar="DIFFMAE_VIDEO", help="On clips (the default).")] = False,
-    image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="On images.")] = False,
-    joint: Annotated[
-        bool,
-        typer.Option("--joint", envvar="DIFFMAE_JOINT", help="On a mix: --data VIDEOS,IMAGES, or data.sources."),
-    ] = False,
-    data: DataOption = None,
-    recipe: RecipeOption = "auto",
-    override: SetOption = None,
-    out: OutOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = Device.auto,
-    nproc: NprocOption = 1,
-    resume: ResumeOption = "auto",
-    dry_run: DryRunOption = False,
     throughput: Annotated[
         float | None,
         typer.Option(
@@ -47,44 +25,15 @@ def pretrain(
             help="Measured rate, for --dry-run's time.",
         ),
     ] = None,
-    profile: Annotated[
-        int,
-        typer.Option(
-            "--profile", min=0, metavar="N", envvar="DIFFMAE_PROFILE", help="Trace N steps with the profiler."
-        ),
-    ] = 0,
+    **options: Any,
 ) -> None:
     """Pre-train DiffMAE on shards; an interrupted run is continued.
 
     Example: diffmae pretrain --video
     """
-    from diffmae_video.errors import UsageError
-    from diffmae_video.pipelines import console
-    from diffmae_video.pipelines.pretrain import pretrain_with_recipe
+    from diffmae_video.pipelines import pretrain as stage
 
-    kinds = [name for name, chosen in (("video", video), ("image", image), ("joint", joint)) if chosen]
-    if len(kinds) > 1:
-        raise UsageError(f"--{kinds[0]} and --{kinds[1]} exclude each other: choose one.")
-    result = pretrain_with_recipe(
-        recipe,
-        override or [],
-        seed=seed,
-        kind=kinds[0] if kinds else "video",
-        data=data,
-        out=out,
-        device=device.value,
-        resume=resume,
-        dry_run=dry_run,
-        nproc=nproc,
-        profile=profile,
-        throughput=throughput,
-    )
-    if result.directory is not None:
-        loss = result.metrics.get("loss")
-        shown = "" if loss is None else f", loss {loss:.4g}"
-        console.say(
-            f"Done: step {result.step} of {result.total}{shown}; weights and report.html in {result.directory}."
-        )
+    stage.print_pretrain(stage.pretrain(job_of(options), kind_of(options), throughput))
 
 
 def report(

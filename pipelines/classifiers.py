@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from diffmae_video.config import Settings, override_settings, read_settings
 from diffmae_video.errors import DataError, UsageError
-from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -61,25 +60,6 @@ class Loaded:
         with self.autocast():
             logits = self.model(self.prepare(clips))
         return logits.float().softmax(dim=-1)
-
-
-def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tuple[str, str]:
-    """The run or weights a stage takes, and the line that says which.
-
-    Args:
-        kind: `finetune` or `pretrain`, what the workspace is asked for.
-        given: `--checkpoint`; the workspace's newest without it.
-
-    Raises:
-        UsageError: nothing is there.
-    """
-    if given is not None:
-        if not Path(given).exists():
-            raise UsageError(f"--checkpoint {given}: there is no such file or folder; give a run or its weights.")
-        return str(given), f"Checkpoint: {given} (--checkpoint)."
-    entry = Workspace.here().require(kind, "--checkpoint", **({"task": task} if task else {}))
-    what = {"finetune": "fine-tuning", "pretrain": "pre-training"}[kind]
-    return entry.path, f"Checkpoint: {entry.path} (the newest {what}{f' for {task}' if task else ''})."
 
 
 def load(source: str | Path, device: torch.device, overrides: Sequence[str] = (), seed: int | None = None) -> Loaded:

@@ -17,6 +17,7 @@ from diffmae_video.config import load_settings
 from diffmae_video.errors import UsageError
 from diffmae_video.files import write_atomic
 from diffmae_video.pipelines import console
+from diffmae_video.pipelines.job import Job
 
 if TYPE_CHECKING:
     from diffmae_video.data.synthetic import DemoData
@@ -189,9 +190,10 @@ def _shard(source: Path, shards: Path) -> dict[str, Any]:
 
 
 def _pretrain(out: Path, recipe: str, seed: int, device: str) -> dict[str, Any]:
-    from diffmae_video.pipelines.pretrain import pretrain_with_recipe
+    from diffmae_video.pipelines.pretrain import pretrain
 
-    result = pretrain_with_recipe(recipe, seed=seed, data=str(out / "shards"), out=out / "pretrain", device=device)
+    job = Job(recipe=recipe, seed=seed, data=str(out / "shards"), out=out / "pretrain", device=device)
+    result = pretrain(job)
     return {"step": result.step, "loss": result.metrics.get("loss")}
 
 
@@ -199,7 +201,8 @@ def _finetune(out: Path, name: str, init: str, recipe: str, seed: int, device: s
     from diffmae_video.pipelines.finetune import finetune
 
     folder = out / f"finetune-{name}"
-    result = finetune("demo", init=init, data=out / "shards", recipe=recipe, seed=seed, device=device, out=folder)
+    job = Job(recipe=recipe, seed=seed, data=str(out / "shards"), out=folder, device=device)
+    result = finetune(job, "demo", init=init)
     assert result is not None  # only a dry run has none
     return {"step": result.step}
 
@@ -210,7 +213,8 @@ def _evaluate(out: Path, name: str, recipe: str, device: str) -> dict[str, Any]:
     folder = out / f"eval-{name}"
     if folder.exists() and (folder / "eval.json").exists():
         shutil.rmtree(folder)  # finished, but its result was not put on record: seconds to do again
-    result = evaluate("demo", checkpoint=out / f"finetune-{name}", data=out / "shards", device=device, out=folder)
+    source = str(out / f"finetune-{name}")
+    result = evaluate(Job(checkpoint=source, data=str(out / "shards"), device=device, out=folder), "demo")
     assert result is not None
     print_evaluation(result)
     interval = next(reversed(result.scores.values())).top1_interval

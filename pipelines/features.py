@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmae_video._version import __version__
+from diffmae_video.data.shards import Manifest
 from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
 from diffmae_video.files import replacing
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import Loaded, find_run, load
+from diffmae_video.pipelines.classifiers import Loaded, load
+from diffmae_video.pipelines.find import find_run
+from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.run import launch, launches
 from diffmae_video.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffmae_video.data.shards import Manifest
     from diffmae_video.evaluation.classify import ViewSettings
     from diffmae_video.training.distributed import Distributed
 
@@ -37,114 +40,87 @@ class Features:
     failed: dict[str, str]
 
 
-def extract_features(
-    *,
-    checkpoint: str | Path | None = None,
-    data: str | Path | None = None,
-    splits: Sequence[str] = (),
-    views: str = "1x1",
-    tokens: bool = False,
-    overrides: Sequence[str] = (),
-    out: Path | None = None,
-    device: str = "auto",
-    nproc: int = 1,
-    dry_run: bool = False,
-) -> list[Path]:
+def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", tokens: bool = False) -> list[Path]:
     """Write SPLIT.safetensors (features, labels, samples) and SPLIT.parquet (key, label, class) for each split.
 
     Args:
-        checkpoint: a pre-training or fine-tuning run; the workspace's newest pre-training by default.
-        data: shards; the workspace's newest by default.
+        job: `checkpoint` names a pre-training or fine-tuning run, the workspace's newest pre-training by default. `out`
+            is a folder named after what is computed, under .diffmae/features, by default; what is there is reused.
         splits: all of the data by default.
         views: views whose features are averaged for each video.
         tokens: keep the tokens (n, N, D) in half precision instead of one pooled vector a video.
-        out: folder; one named after what is computed, under .diffmae/features, by default. What is there is reused.
 
     Returns:
         The safetensors files.
     """
-    arguments = {
-        "checkpoint": checkpoint,
-        "data": data,
-        "splits": list(splits),
-        "views": views,
-        "tokens": tokens,
-        "overrides": list(overrides),
-        "out": out,
-        "device": device,
-        "dry_run": dry_run,
-    }
-    if nproc > 1 and not dry_run:
-        from diffmae_video.training.distributed import launch
+    source, line = find_run("pretrain", job.checkpoint)
+    path = job.data or Workspace.here().require("shards", "--data").path
+    if launches(job):
+        return launch(extract_features, job, splits, views, tokens)
+    console.say(line)
 
-        return launch(_extract, nproc, **arguments)
-    return _extract(**arguments)
-
-
-def _extract(
-    checkpoint: str | Path | None,
-    data: str | Path | None,
-    splits: Sequence[str],
-    views: str,
-    tokens: bool,
-    overrides: Sequence[str],
-    out: Path | None,
-    device: str,
-    dry_run: bool,
-) -> list[Path]:
     from diffmae_video.data.shards import Manifest
+
+    manifest = Manifest.load(path)
+    splits = list(splits) or list(manifest.splits)
+    for split in splits:
+        manifest.samples(split)  # a split that is not there is an error before the work starts
+
     from diffmae_video.evaluation.classify import ViewSettings
     from diffmae_video.evaluation.views import parse_views
     from diffmae_video.training.distributed import start
 
-    with start(device) as processes:
-        source, line = find_run("pretrain", checkpoint)
-        console.say(line)
-        loaded = load(source, processes.device, overrides)
-        path = data or Workspace.here().require("shards", "--data").path
-        manifest = Manifest.load(path)
+    with start(job.device) as processes:
+        loaded = load(source, processes.device, job.overrides, job.seed)
         settings = loaded.settings
         frames = 1 if manifest.kind == "image" else settings.model.frames
         spec = ViewSettings(parse_views(views)[:1], frames, settings.data.stride, settings.model.size)
-        splits = list(splits) or list(manifest.splits)
-        for split in splits:
-            manifest.samples(split)  # a split that is not there is an error before the work starts
         console.say(f"Features of {', '.join(splits)} of {path}, views {spec.protocols[0]}, {processes.device.type}.")
-        if dry_run:
+        if job.dry_run:
             return []
-        found = [
-            split_features(processes, loaded, manifest, split, spec, tokens=tokens, folder=out) for split in splits
-        ]
+        features = FeaturePass(processes, loaded, manifest, spec, tokens=tokens, folder=job.out)
+        found = [features.of_split(split) for split in splits]
         for one in found:
             console.say(f"{one.path}: {tuple(one.features.shape)}, {len(one.failed)} failed.")
         return [one.path for one in found]
 
 
-def split_features(
-    processes: Distributed,
-    loaded: Loaded,
-    manifest: Manifest,
-    split: str,
-    spec: ViewSettings,
-    *,
-    samples: Sequence[int] | None = None,
-    tokens: bool = False,
-    pool: str = "mean",
-    folder: Path | None = None,
-) -> Features:
-    """Features of a split (or of some of its samples), from the cache or computed and put there. A collective.
+@dataclass(frozen=True)
+class FeaturePass:
+    """One encoder over the splits of one data set.
 
     Pooled features are what the head of a classifier with that `pool` sees; tokens are what the encoder's last norm
     gives, with the class token first where there is one.
-
-    Raises:
-        DataError: more videos are unreadable than data.max_bad_fraction allows.
     """
+
+    processes: Distributed
+    loaded: Loaded
+    manifest: Manifest
+    spec: ViewSettings
+    tokens: bool = False
+    pool: str = "mean"
+    folder: Path | None = None
+
+    def of_split(self, split: str, samples: Sequence[int] | None = None) -> Features:
+        """Features of a split (or of some of its samples), from the cache or computed and put there. A collective.
+
+        Raises:
+            DataError: more videos are unreadable than data.max_bad_fraction allows.
+            Stopped: a signal came; what is done is kept.
+        """
+        return _split_features(self, split, samples)
+
+
+def _split_features(task: FeaturePass, split: str, samples: Sequence[int] | None) -> Features:
+    import torch
+
     from diffmae_video.evaluation.classify import SplitViews, run_pass, videos_per_block
     from diffmae_video.evaluation.records import PassStore
     from diffmae_video.models.classifier import Classifier
     from diffmae_video.training.signals import stop_on_signal
 
+    processes, loaded, manifest, spec = task.processes, task.loaded, task.manifest, task.spec
+    tokens, pool, folder = task.tokens, task.pool, task.folder
     settings = loaded.settings
     chosen = range(manifest.splits[split]) if samples is None else [int(sample) for sample in samples]
     facts = {
@@ -176,8 +152,6 @@ def split_features(
     def forward(clips: Tensor) -> Tensor:
         with loaded.autocast():
             return network(loaded.prepare(clips)).float()  # (B, D), or tokens (B, [1 +] N, D)
-
-    import torch
 
     block = videos_per_block(spec.protocols, settings.evaluate.batch_views)
     dataset = SplitViews(manifest, split, spec, chosen, block, settings.data.cache_dir, settings.data.cache_gib)

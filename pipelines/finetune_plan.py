@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 from diffmae_video.config import Settings, load_settings, read_recipe, recipe_chain, recipe_names, with_overrides
+from diffmae_video.data.shards import Manifest
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.encoder import Encoder
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS
-from diffmae_video.pipelines.evaluate import override_of
-from diffmae_video.pipelines.probe import check_probe
+from diffmae_video.pipelines.find import find_init, find_task_shards
+from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.plan import Plan, make_plan, print_plan
 from diffmae_video.pipelines.recipes import choose_recipe
-from diffmae_video.pipelines.tasks import find_task_data
+from diffmae_video.pipelines.tasks import open_task_shards
 from diffmae_video.pipelines.workspace import Workspace
-
-if TYPE_CHECKING:
-    from diffmae_video.data.shards import Manifest
-    from diffmae_video.pipelines.plan import Plan
-    from diffmae_video.training.footprint import Footprint
+from diffmae_video.training.distributed import ranks_from_environment
+from diffmae_video.training.finetuning import freeze_first
+from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
+from diffmae_video.training.hardware import pick_device
 
 
 @dataclass(frozen=True)
@@ -33,62 +39,71 @@ class FinetunePlan:
     settings: Settings
     manifest: Manifest
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What model.json says about the run."""
+        return {
+            "task": self.task,
+            "dataset": self.manifest.dataset,
+            "classes": self.manifest.classes,
+            "recipe": self.recipe,
+            "init": self.source or "scratch",
+            "protocol": self.settings.finetune.protocol,
+            "frames": 1 if self.manifest.kind == "image" else self.settings.model.frames,
+            "size": list(self.settings.model.size),
+            "stride": self.settings.data.stride,
+        }
 
-def plan_finetune(
-    task: str,
-    init: str,
-    protocol: str | None,
-    data: str | Path | None,
-    recipe: str,
-    overrides: Sequence[str],
-    seed: int | None,
-    device: str,
-) -> FinetunePlan:
+
+def plan_finetune(job: Job, task: str, init: str = "auto", protocol: str | None = None) -> FinetunePlan:
     """Decide everything, saying what was picked and why; the arguments are those of `finetune`."""
-    configured = override_of(overrides, "data.path")
-    if data is None and configured is None and recipe != "auto":
-        configured = load_settings(recipe, "finetune").data.path
-    manifest, line = find_task_data(task, data, configured)
-    console.say(line)
-    source, line = _find_init(init)
+    configured = None
+    if job.recipe != "auto" and job.data is None:
+        configured = load_settings(job.recipe, "finetune").data.path
+    path, origin = find_task_shards(job, task, configured)
+    manifest = open_task_shards(task, path, origin)
+    console.say(f"Data: {manifest.root} ({origin}).")
+    source, line = find_init(init)
     console.say(line)
     description = _read_description(source) if source else None
-    name, why = _choose_recipe(recipe, task, description, manifest, device)
+    name, why = _choose_recipe(job, task, description, manifest)
     console.say(f"Recipe: {name} ({why}).")
-    settings = load_settings(name, "finetune", tuple(overrides))
-    tested = load_settings(name, "evaluate", tuple(overrides)).evaluate
+    settings = load_settings(name, "finetune", job.overrides)
+    tested = load_settings(name, "evaluate", job.overrides).evaluate
     changes: dict[str, Any] = {"data": {"path": manifest.root, "sources": []}, "evaluate": tested.model_dump()}
     if protocol:
         changes["finetune"] = {"protocol": protocol}
-    if seed is not None:
-        changes["seed"] = seed
+    if job.seed is not None:
+        changes["seed"] = job.seed
     if description:
-        changes["model"] = _model_of_weights(description["model"], settings, name, overrides, source)
+        changes["model"] = _model_of_weights(description["model"], settings, name, job.overrides, source)
     settings = with_overrides(settings, **changes)
     check_probe(settings.finetune.protocol, settings.finetune.pool, settings.model.class_token)
-    for split in (settings.data.split, settings.data.eval_split):
-        if (manifest.samples(split).label < 0).all():
-            raise DataError(f"Split {split} of {manifest.root} has no labels; choose another with data.{split}.")
-    if (manifest.samples(settings.data.split).label < 0).any() and settings.finetune.protocol == "finetune":
-        count = int((manifest.samples(settings.data.split).label < 0).sum())
-        raise DataError(f"{count} samples of {settings.data.split} in {manifest.root} have no label; shard them apart.")
+    _check_labels(settings, manifest)
     return FinetunePlan(task, source, name, settings, manifest)
 
 
-def _find_init(init: str) -> tuple[str | None, str]:
-    if init == "scratch":
-        return None, "Weights: from scratch (--init scratch)."
-    if init != "auto":
-        if not Path(init).exists():
-            raise UsageError(f"--init {init}: there is no such run; give a folder, `scratch` or `auto`.")
-        return init, f"Weights: {init} (--init)."
-    entry = Workspace.here().latest("pretrain")
-    if entry is None:
-        raise UsageError(
-            f"No pre-training is known in {Workspace.here().folder}: run `diffmae pretrain --video` first, or give "
-            "--init PATH or --init scratch."
+def check_probe(protocol: str, pool: str, class_token: bool) -> None:
+    """Refuse what cannot be probed before anything is computed."""
+    if pool == "class" and not class_token:
+        raise UsageError("finetune.pool=class: this encoder has no class token; use mean or attentive.")
+    if protocol == "attentive" and pool == "class":
+        raise UsageError("finetune.pool=class: the attentive probe pools by attention; leave finetune.pool out.")
+
+
+def _check_labels(settings: Settings, manifest: Manifest) -> None:
+    """Both splits must be there with labels, and, for fine-tuning, all of the training split."""
+    for key, split in (("split", settings.data.split), ("eval_split", settings.data.eval_split)):
+        if not manifest.splits.get(split):
+            known = ", ".join(manifest.splits) or "none"
+            raise DataError(f"{manifest.root} has no split {split} (it has {known}); set data.{key} to one of them.")
+        if (manifest.samples(split).label < 0).all():
+            raise DataError(f"Split {split} of {manifest.root} has no labels; choose another with data.{key}.")
+    unlabelled = int((manifest.samples(settings.data.split).label < 0).sum())
+    if unlabelled and settings.finetune.protocol == "finetune":
+        raise DataError(
+            f"{unlabelled} samples of {settings.data.split} in {manifest.root} have no label; shard them apart."
         )
-    return entry.path, f"Weights: {entry.path} (the newest pre-training)."
 
 
 def _read_description(source: str) -> dict[str, Any]:
@@ -107,14 +122,10 @@ def _read_description(source: str) -> dict[str, Any]:
         raise DataError(f"{path / 'model.json'} cannot be read ({error}); copy or make it again.") from error
 
 
-def _choose_recipe(
-    recipe: str, task: str, description: dict[str, Any] | None, manifest: Manifest, device: str
-) -> tuple[str, str]:
-    if recipe != "auto":
-        return recipe, "chosen by --recipe"
-    from diffmae_video.training.hardware import pick_device
-
-    place = pick_device(device).type
+def _choose_recipe(job: Job, task: str, description: dict[str, Any] | None, manifest: Manifest) -> tuple[str, str]:
+    if job.recipe != "auto":
+        return job.recipe, "chosen by --recipe"
+    place = pick_device(job.device).type
     if description and place == "cuda":
         own = f"finetune-{task}-{description['model'].get('preset')}"
         if own in recipe_names():
@@ -150,10 +161,8 @@ def _model_of_weights(
     return merged
 
 
-def describe_plan(plan: FinetunePlan, device: str) -> None:
+def describe_plan(plan: FinetunePlan, job: Job) -> None:
     """Say what will be done."""
-    from diffmae_video.training.hardware import pick_device
-
     settings = plan.settings
     counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
     if settings.data.label_fraction < 1:
@@ -165,21 +174,17 @@ def describe_plan(plan: FinetunePlan, device: str) -> None:
         work = f"one pass for the features{f', {work}' if settings.finetune.protocol == 'attentive' else ''}"
     console.say(
         f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
-        f"{work} on {pick_device(device).type}."
+        f"{work} on {pick_device(job.device).type}."
     )
 
 
-def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
+def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
     """FLOPs, memory and hours of a fine-tuning, or of the pass over the data that a probe costs; shown as a table.
 
     A probe reads every video of both splits once, in the forward pass alone; fitting its head costs little beside that.
     """
-    from diffmae_video.pipelines.plan import make_plan, print_plan
-    from diffmae_video.training.distributed import ranks_from_environment
-    from diffmae_video.training.hardware import pick_device
-
     settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
-    world, splits = max(nproc, ranks_from_environment()[1]), [data.split]
+    world, splits = max(job.nproc, ranks_from_environment()[1]), [data.split]
     samples = max(1, round(manifest.splits[data.split] * data.label_fraction))
     if settings.finetune.protocol != "finetune":
         splits.append(data.eval_split)
@@ -192,7 +197,7 @@ def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
         samples,
         sum(shard.bytes for shard in manifest.shards if shard.split in splits),
         world=world,
-        device=pick_device(device),
+        device=pick_device(job.device),
         cost=measure_classifier(settings, manifest, settings.train.batch_size // (world * settings.train.accumulate)),
     )
     print_plan(predicted, world)
@@ -201,14 +206,6 @@ def predict_plan(plan: FinetunePlan, device: str, nproc: int = 1) -> Plan:
 
 def measure_classifier(settings: Settings, manifest: Manifest, clips: int) -> Footprint:
     """Cost of a step with `clips` clips: of everything that is trained, or, of a probe, of the head alone."""
-    import torch
-    import torch.nn.functional as F
-
-    from diffmae_video.evaluation.finetuning import freeze_first
-    from diffmae_video.models.classifier import Classifier
-    from diffmae_video.models.encoder import Encoder
-    from diffmae_video.training.footprint import measure_step, shapes_only
-
     tuning, clips = settings.finetune, max(1, clips)
     frames = 1 if manifest.kind == "image" else settings.model.frames
     with shapes_only():

@@ -8,8 +8,9 @@ from pathlib import Path
 from diffmae_video.config import Settings
 from diffmae_video.errors import UsageError
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.pipelines.classifiers import Loaded, find_run, load
+from diffmae_video.pipelines.classifiers import Loaded, load
 from diffmae_video.pipelines.console import say
+from diffmae_video.pipelines.find import find_run
 from diffmae_video.training.hardware import pick_device
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from diffmae_video.config import with_overrides
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import find_run, load
+from diffmae_video.pipelines.classifiers import load
+from diffmae_video.pipelines.find import find_run
+from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.workspace import Workspace
 
 RATIOS = (0.5, 0.75, 0.9)
@@ -28,33 +30,26 @@ class LossSweep:
 
 
 def loss_sweep(
-    run: str | Path | None = None,
-    *,
-    data: str | Path | None = None,
-    clips: int = 64,
-    steps: int = 11,
-    ratios: Sequence[float] = (),
-    overrides: Sequence[str] = (),
-    out: Path | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    dry_run: bool = False,
+    job: Job, run: str | Path | None = None, clips: int = 64, steps: int = 11, ratios: Sequence[float] = ()
 ) -> LossSweep | None:
     """Measure the training loss at fixed timesteps on clips of the evaluation split.
 
     The same masks and noise are used at every timestep, so that points of a curve differ by the timestep alone.
 
     Args:
-        run: pre-training run; the workspace's newest by default.
-        data: shards; those the run was trained on by default.
+        job: `data` names shards; those the run was trained on by default. `out` is the folder for loss_sweep.json,
+            loss_sweep.png and report.html.
+        run: pre-training run; `job.checkpoint`, then the workspace's newest, by default.
         clips: how many clips, from the start of the split.
         steps: timesteps, from the first to the last, spread evenly over the angle between clean and noise.
         ratios: mask ratios; those in RATIOS and the run's own by default.
-        out: folder for loss_sweep.json, loss_sweep.png and report.html.
 
     Raises:
         UsageError, DataError: no run, no data, or weights that do not denoise.
     """
+    source, line = find_run("pretrain", run or job.checkpoint)
+    console.say(line)
+
     import torch
 
     from diffmae_video.data.stream import build_stream
@@ -62,14 +57,12 @@ def loss_sweep(
     from diffmae_video.models.patches import grid_shape
     from diffmae_video.training.hardware import pick_device
 
-    source, line = find_run("pretrain", run)
-    console.say(line)
-    place = pick_device(device)
-    loaded = load(source, place, overrides, seed)
+    place = pick_device(job.device)
+    loaded = load(source, place, job.overrides, job.seed)
     settings, model = loaded.settings, loaded.model
     if loaded.info.get("kind") != "diffmae":
         raise DataError(f"{source} is a classifier, which denoises nothing; give a pre-training run.")
-    path = data or settings.data.path or Workspace.here().require("shards", "--data").path
+    path = job.data or settings.data.path or Workspace.here().require("shards", "--data").path
     settings = with_overrides(settings, data={"path": str(path), "sources": []})
     ratios = tuple(ratios) or tuple(sorted({*RATIOS, settings.mask.ratio}))
     last = len(model.schedule) - 1
@@ -81,9 +74,9 @@ def loss_sweep(
         f"Loss at {len(timesteps)} timesteps and mask ratios {', '.join(map(str, ratios))} on up to {clips} clips of "
         f"{settings.data.eval_split}, {path}."
     )
-    if dry_run:
+    if job.dry_run:
         return None
-    directory = Workspace.here().new_run_directory("loss-sweep", out)
+    directory = Workspace.here().new_run_directory("loss-sweep", job.out)
     totals = {ratio: [0.0] * len(timesteps) for ratio in ratios}
     means = dict.fromkeys(ratios, 0.0)
     seen = 0

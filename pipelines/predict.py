@@ -10,7 +10,9 @@ from pathlib import Path
 
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import find_run, load_classifier
+from diffmae_video.pipelines.classifiers import load_classifier
+from diffmae_video.pipelines.find import find_run
+from diffmae_video.pipelines.job import Job
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,18 @@ class Prediction:
 
 
 def predict(
+    job: Job,
     clips: Sequence[Path],
-    *,
-    checkpoint: str | Path | None = None,
     task: str | None = None,
     views: str | None = None,
     top: int = 5,
-    overrides: Sequence[str] = (),
-    device: str = "auto",
     quiet: bool = False,
 ) -> list[Prediction]:
     """Classify videos and images that are not sharded.
 
     Args:
+        job: `checkpoint` names a fine-tuning run; the workspace's newest (of `task`) by default.
         clips: files.
-        checkpoint: fine-tuning run; the workspace's newest (of `task`) by default.
         views: protocol such as `5x3`; one clip from the middle, centre crop, by default.
         top: classes told for each file.
         quiet: say nothing about what was picked.
@@ -45,16 +44,17 @@ def predict(
     Returns:
         One prediction for each file, in order; a file that cannot be read has an error instead of classes.
     """
+    source, line = find_run("finetune", job.checkpoint, task)
+    if not quiet:
+        console.say(line)
+
     import torch
 
     from diffmae_video.evaluation.classify import ViewSettings, decode_views
     from diffmae_video.evaluation.views import parse_views
     from diffmae_video.training.hardware import pick_device
 
-    source, line = find_run("finetune", checkpoint, task)
-    loaded = load_classifier(source, pick_device(device), overrides)
-    if not quiet:
-        console.say(line)
+    loaded = load_classifier(source, pick_device(job.device), job.overrides, job.seed)
     settings = loaded.settings
     protocols = parse_views(views or "1x1")[:1]
     frames = 1 if loaded.info.get("frames") == 1 else settings.model.frames  # trained on images: one frame

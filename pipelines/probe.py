@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from diffmae_video.config import settings_toml
-from diffmae_video.errors import UsageError
+from diffmae_video.data.order import label_subset
+from diffmae_video.data.shards import Manifest
+from diffmae_video.evaluation.classify import ViewSettings
+from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores
+from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
+from diffmae_video.evaluation.probes import fit_head, fit_linear, knn_probabilities
+from diffmae_video.evaluation.views import Protocol
+from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.weights import save_model
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
-from diffmae_video.pipelines.features import Features, split_features
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diffmae_video.data.shards import Manifest
-    from diffmae_video.evaluation.metrics import ClassificationScores
-    from diffmae_video.models.classifier import Classifier
-    from diffmae_video.training.distributed import Distributed
+from diffmae_video.pipelines.features import FeaturePass, Features
+from diffmae_video.pipelines.run import RunFolder
+from diffmae_video.training.optim import peak_learning_rate
 
 
-def probe(
-    processes: Distributed, loaded: Loaded, manifest: Manifest, directory: Path, info: dict[str, Any]
-) -> dict[str, float]:
-    """Probe the encoder of `loaded` by `finetune.protocol` and write the result into `directory`. A collective.
+def probe(run: RunFolder, loaded: Loaded, manifest: Manifest, info: dict[str, Any]) -> dict[str, float]:
+    """Probe the encoder of `loaded` by `finetune.protocol` and write the result into the run's folder. A collective.
 
     The linear and the attentive probe leave a classifier that `diffmae eval` takes; kNN has nothing to keep.
 
@@ -35,35 +38,28 @@ def probe(
     Returns:
         val_top1, val_top5 and what the probe chose.
     """
-    import torch
-
-    from diffmae_video.data.order import label_subset
-    from diffmae_video.evaluation.classify import ViewSettings
-    from diffmae_video.evaluation.views import Protocol
-
-    settings = loaded.settings
+    processes, directory, settings = run.processes, run.directory, loaded.settings
+    assert processes is not None
     protocol = settings.finetune.protocol
     frames = 1 if manifest.kind == "image" else settings.model.frames
     spec = ViewSettings((Protocol(1, 1),), frames, settings.data.stride, settings.model.size)
     pool = "class" if settings.finetune.pool == "class" else "mean"
-    options: dict[str, Any] = {"tokens": protocol == "attentive", "pool": pool}
+    features = FeaturePass(processes, loaded, manifest, spec, tokens=protocol == "attentive", pool=pool)
     labels = manifest.samples(settings.data.split).label
     fraction = settings.data.label_fraction
     subset = None if fraction == 1 and (labels >= 0).all() else label_subset(labels, fraction, settings.seed)
     if subset is not None:
         subset = subset[labels[subset] >= 0]
-    train = split_features(processes, loaded, manifest, settings.data.split, spec, samples=subset, **options)
+    train = features.of_split(settings.data.split, subset)
     held = manifest.samples(settings.data.eval_split).label >= 0
     chosen = None if held.all() else held.nonzero()[0]
-    test = split_features(processes, loaded, manifest, settings.data.eval_split, spec, samples=chosen, **options)
+    test = features.of_split(settings.data.eval_split, chosen)
     console.say(f"Probe: {len(train.labels)} training and {len(test.labels)} evaluation videos.")
     if not processes.main:
         return processes.broadcast(None)
     directory.mkdir(parents=True, exist_ok=True)
     classifier, facts = None, {}
     if protocol == "knn":
-        from diffmae_video.evaluation.probes import knn_probabilities
-
         probabilities = knn_probabilities(
             test.features, train.features, train.labels, len(manifest.classes), neighbours=settings.finetune.knn
         )
@@ -77,11 +73,6 @@ def probe(
 
 
 def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, dict[str, float]]:
-    import torch
-
-    from diffmae_video.evaluation.probes import fit_linear
-    from diffmae_video.models.classifier import Classifier
-
     settings = loaded.settings
     fitted = fit_linear(train.features, train.labels, classes, seed=settings.seed)
     pool = "class" if settings.finetune.pool == "class" else "mean"
@@ -93,10 +84,6 @@ def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, 
 
 
 def _attentive(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, dict[str, float]]:
-    from diffmae_video.evaluation.probes import fit_head
-    from diffmae_video.models.classifier import Classifier
-    from diffmae_video.training.optim import peak_learning_rate
-
     settings = loaded.settings
     encoder = copy.deepcopy(loaded.model.encoder)
     classifier = Classifier(
@@ -135,8 +122,6 @@ def _attentive(loaded: Loaded, train: Features, classes: int) -> tuple[Classifie
 
 def _head_probabilities(classifier: Classifier, features: Tensor) -> Tensor:
     """Softmax (n, K) of the head on cached features: pooled (n, D), or tokens (n, N, D)."""
-    import torch
-
     rows = []
     for part in features.split(256):
         part = part.float()
@@ -154,10 +139,6 @@ def _write(
     info: dict[str, Any],
     facts: dict[str, float],
 ) -> ClassificationScores:
-    from diffmae_video.evaluation.metrics import classification_scores
-    from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
-    from diffmae_video.models.weights import save_model
-
     settings = loaded.settings
     scores = classification_scores(
         probabilities, test.labels, bootstrap=settings.evaluate.bootstrap, seed=settings.seed
@@ -183,11 +164,3 @@ def _write(
     rows = [[settings.finetune.protocol, scores.top1 * 100, scores.top5 * 100, scores.mean_class_accuracy * 100]]
     console.table(f"{manifest.dataset}, 1x1 views", ["probe", "top-1 %", "top-5 %", "mean class %"], rows)
     return scores
-
-
-def check_probe(protocol: str, pool: str, class_token: bool) -> None:
-    """Refuse what cannot be probed before anything is computed."""
-    if pool == "class" and not class_token:
-        raise UsageError("finetune.pool=class: this encoder has no class token; use mean or attentive.")
-    if protocol == "attentive" and pool == "class":
-        raise UsageError("finetune.pool=class: the attentive probe pools by attention; leave finetune.pool out.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffmae_video.config import Settings, Stage, load_settings, with_overrides
+from diffmae_video.training.hardware import pick_device
 
 if TYPE_CHECKING:
     from diffmae_video.data.shards import Manifest
+    from diffmae_video.pipelines.job import Job
 
 
 def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: str = "video") -> tuple[str, str]:
@@ -31,31 +32,22 @@ def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: st
 
 
 def resolve_settings(
-    recipe: str,
-    stage: Stage,
-    overrides: Sequence[str] = (),
-    *,
-    seed: int | None = None,
-    manifest: Manifest | None = None,
-    device: str = "auto",
-    kind: str = "video",
+    job: Job, stage: Stage, *, manifest: Manifest | None = None, kind: str = "video"
 ) -> tuple[Settings, str]:
     """Settings of a stage, and the line that tells the user where they come from.
 
     Args:
-        recipe: a name, a path, or `auto`.
-        overrides: `section.field=value` texts of `--set`.
-        seed: replaces the recipe's seed where given.
+        job: `recipe`, a name, a path, or `auto`; `overrides`, `seed`, `device`.
+        manifest: the data it will read, where known.
+        kind: `video`, `image` or `joint`.
 
     Raises:
         UsageError: a recipe, key or value that is not valid, or a device that is not there.
     """
-    why = "chosen by --recipe"
+    recipe, why = job.recipe, "chosen by --recipe"
     if recipe == "auto":
-        from diffmae_video.training.hardware import pick_device
-
-        recipe, why = choose_recipe(stage, manifest, pick_device(device).type, kind)
-    settings = load_settings(recipe, stage, tuple(overrides))
-    if seed is not None:
-        settings = with_overrides(settings, seed=seed)
+        recipe, why = choose_recipe(stage, manifest, pick_device(job.device).type, kind)
+    settings = load_settings(recipe, stage, job.overrides)
+    if job.seed is not None:
+        settings = with_overrides(settings, seed=job.seed)
     return settings, f"Recipe: {recipe} ({why})."

@@ -5,44 +5,53 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffmae_video.errors import UsageError
-from diffmae_video.pipelines.console import say
+from diffmae_video.pipelines.console import progress, say
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.workspace import Workspace
-from diffmae_video.training.run import check_directory, claim, identity_difference, read_status, write_status
+from diffmae_video.training.run import Run, check_directory, claim, identity_difference, read_status, write_status
 
 if TYPE_CHECKING:
     from diffmae_video.training.distributed import Distributed
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(Run):
     """The folder of a run, held by this process (or, on other ranks, by rank 0 of the same run)."""
 
-    directory: Path
-    identity: dict[str, Any]
-    earlier: dict[str, Any] = field(default_factory=dict)
-    """run.json of an earlier try of the same run; empty where the folder is new."""
-    main: bool = True
-
-    def finish(self, kind: str | None = None, **facts: Any) -> None:
-        """The run is done: mark it, and put it on record in the workspace.
+    def record(self, kind: str | None = None, **facts: Any) -> None:
+        """Put the run on record in the workspace.
 
         Args:
             kind: of the record; without it that of the identity.
             facts: by which later stages choose it, e.g. `task="k400"`.
         """
         if self.main:
-            write_status(self.directory, status="finished")
             Workspace.here().record(kind or self.identity["kind"], self.directory, **facts)
+
+    def finish(self, **facts: Any) -> None:
+        """The run is done: mark it, and put it on record."""
+        self.mark_finished()
+        self.record(**facts)
+
+    def mark_finished(self) -> None:
+        """The run is done, with nothing that a later stage would take."""
+        if self.main:
+            write_status(self.directory, status="finished")
 
 
 @contextlib.contextmanager
-def open_run(job: Job, identity: dict[str, Any], processes: Distributed | None = None) -> Iterator[RunFolder]:
+def open_run(
+    job: Job,
+    identity: dict[str, Any],
+    processes: Distributed | None = None,
+    *,
+    finished: Literal["refuse", "yield"] = "refuse",
+) -> Iterator[RunFolder]:
     """Find or make the folder of a run and hold it while the block runs. A collective.
 
     The folder is `job.out`, else the newest unfinished one of the same identity under `runs/`, else the next free
@@ -54,6 +63,7 @@ def open_run(job: Job, identity: dict[str, Any], processes: Distributed | None =
         identity: what makes two runs the same: at least `kind` (`pretrain`, `eval`, `render`, ...) and `data`, a digest
             of everything that decides the result (`training.run.run_identity` for trainings).
         processes: all that take part; rank 0 holds the folder.
+        finished: what becomes of a folder that holds the same run, finished.
 
     Raises:
         UsageError: the folder holds another run or something else, is in use, or cannot be written.
@@ -64,11 +74,21 @@ def open_run(job: Job, identity: dict[str, Any], processes: Distributed | None =
         if main:
             Workspace.here().check_writable()
             directory = find_run_folder(job, identity)
+            if finished == "refuse" and (read_status(directory) or {}).get("status") == "finished":
+                raise UsageError(f"--out {directory} already holds this run, finished; name another folder.")
             told = [str(directory), stack.enter_context(claim(directory, identity))]
         if processes is not None:
             told = processes.broadcast(told)
         assert told is not None
-        yield RunFolder(Path(told[0]), identity, told[1], main)
+        yield RunFolder(
+            Path(told[0]),
+            identity,
+            earlier=told[1],
+            processes=processes,
+            resume=job.resume,
+            say=say,
+            progress=progress,
+        )
 
 
 def find_run_folder(job: Job, identity: dict[str, Any]) -> Path:
@@ -122,13 +142,3 @@ def launch(stage: Callable[..., Any], job: Job, *arguments: Any, **options: Any)
     from diffmae_video.training import distributed
 
     return distributed.launch(stage, job.nproc, job.with_(nproc=1), *arguments, **options)
-
-
-def refuse_new_start(job: Job, folder: RunFolder) -> None:
-    """For stages whose finished work is not to be written over.
-
-    Raises:
-        UsageError: `--resume never`, and the folder holds the same run.
-    """
-    if job.resume == "never" and folder.earlier:
-        raise UsageError(f"--resume never: {folder.directory} holds this run already; name another --out.")

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from diffmae_video.registry import TaskName
+
 Stage = Literal["pretrain", "finetune", "evaluate", "render"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -211,6 +213,8 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """Optimisation, shared by pre-training and fine-tuning."""
 
+    task: TaskName | None = None
+    """What is trained; the stage's own by default: `pretrain` or `finetune`."""
     epochs: Annotated[float, Field(gt=0)] = 100.0
     """Passes over the videos of the split; each counts `data.repeats` clips a video."""
     steps: Positive | None = None
@@ -262,6 +266,8 @@ class TrainSettings(Section):
     """Optimizer steps between pictures of validation clips; 0 for none."""
     validate_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between validations (loss or accuracy); 0 validates at the end only."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps to trace with torch's profiler; 0 for none."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`)."""
 

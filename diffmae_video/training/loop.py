@@ -3,94 +3,76 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffmae_video.config import Settings, with_overrides
+from diffmae_video.config import Settings, settings_toml, with_overrides
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
-from diffmae_video.training import run
+from diffmae_video.files import write_atomic
 from diffmae_video.training.checkpoint import Found, fetch_from_mirror, newest_checkpoint, read_checkpoint
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import choose_precision, peak_memory
 from diffmae_video.training.logging import read_metrics
+from diffmae_video.training.meter import profile_steps
+from diffmae_video.training.run import Run, identity_difference, write_status
 from diffmae_video.training.signals import stop_on_signal
-from diffmae_video.training.task import LossOutput, Task, TrainResult, micro_batch_size
+from diffmae_video.training.task import Task, TrainResult
 from diffmae_video.training.trainer import Trainer
 
-__all__ = ["LossOutput", "Task", "TrainResult", "micro_batch_size", "train"]
 
-
-def train(
-    task: Task,
-    settings: Settings,
-    stream_factory: Callable[[int, int], Any],
-    directory: Path,
-    *,
-    kind: str = "pretrain",
-    data_hash: str = "",
-    resume: str = "auto",
-    distributed: Distributed | None = None,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, str, str], Any] | None = None,
-    report: Callable[[Path], None] | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    flops_per_clip: float | None = None,
-    profile: int = 0,
-) -> TrainResult:
-    """Train a task to its end, continuing what the directory holds of the same run.
+def train(task: Task, settings: Settings, here: Run) -> TrainResult:
+    """Train a task to its end, continuing what the run's directory holds. A collective.
 
     Args:
-        task: model, loss, validation and pictures.
-        settings: `train`, `data`, `seed`; all of them are saved and identify the run.
-        stream_factory: (rank, world) -> an endless stream of batches with `state_dict` and `load_state_dict`.
-        directory: of the run; new, or holding the same run.
-        kind: `pretrain` or `finetune`, part of the run's identity.
-        data_hash: of the manifest; a run is not continued on other data.
-        resume: `auto` continues from the newest whole checkpoint here, `never` refuses a folder that holds a run, a
-            path (run or checkpoint) starts from that checkpoint.
-        distributed: the processes (`distributed.start`); one process on `device` without it.
-        progress: (total, label, unit) -> context manager with `update(count, **figures)`.
-        report: called on rank 0 with the directory whenever there is something new to show.
-        say: one line for the user.
-        flops_per_clip: forward and backward, for `mfu`.
-        profile: trace this many steps with torch's profiler.
+        task: model, loss, batches, validation and pictures.
+        settings: `train`, `data`, `seed`; all of them are saved.
+        here: the run; its directory is held by the caller (`training.run.claim`).
 
     Raises:
         Stopped: a signal came; the state is saved.
         DiffmaeError: non-finite loss, no memory, no disk space.
-        UsageError: the directory holds another run or is in use.
+        UsageError: the directory holds this run and `resume` is `never`, or there is no checkpoint to start from.
     """
-    distributed = distributed or Distributed(device=torch.device(device))
-    directory = Path(directory)
-    wanted = run.run_identity(settings, kind, data_hash)
-    with contextlib.ExitStack() as stack:
-        status = run.check_directory(directory, wanted) if distributed.main else None
-        if distributed.main:
-            stack.enter_context(run.lock(directory))
-            status = run.check_directory(directory, wanted)
-        status = distributed.broadcast(status)
-        if status is not None and resume == "never":
-            raise UsageError(f"--resume never: {directory} holds this run already; name another --out.")
-        if status is not None and status.get("status") == "finished":
-            say(f"{directory} holds this run, finished at step {status['step']}: nothing to do.")
-            last = (read_metrics(directory / "metrics.jsonl") or [{}])[-1]
-            return TrainResult(directory, status["step"], status["total"], last, status["step"], 0.0, True)
-        found = _find(directory, resume, settings.train.mirror, distributed, say)
-        settings = _settle_precision(settings, found.state["identity"] if found else None, distributed, say)
-        wanted = run.run_identity(settings, kind, data_hash)
-        if distributed.main:
-            run.write_status(directory, identity=wanted, status="running", step=(status or {}).get("step", 0))
-            run.write_settings(directory, settings)
-        trainer = Trainer(task, settings, stream_factory, directory, distributed, say, report, flops_per_clip)
-        request = stack.enter_context(stop_on_signal())
-        stack.enter_context(trainer)
+    distributed, directory, earlier = here.processes or Distributed(), here.directory, here.earlier
+    if earlier and here.resume == "never":
+        raise UsageError(f"--resume never: {directory} holds this run already; name another --out.")
+    if earlier.get("status") == "finished" and not identity_difference(earlier["identity"], here.identity):
+        here.say(f"{directory} holds this run, finished at step {earlier['step']}: nothing to do.")
+        last = (read_metrics(directory / "metrics.jsonl") or [{}])[-1]
+        return TrainResult(directory, earlier["step"], earlier["total"], last, earlier["step"], 0.0, True)
+    found = _find(directory, here.resume, settings.train.mirror, distributed, here.say)
+    settings = _settle_precision(settings, found.state["identity"] if found else None, distributed, here.say)
+    table = {**here.identity["settings.train"], "precision": settings.train.precision}
+    here = replace(here, identity={**here.identity, "settings.train": table})
+    if distributed.main:
+        write_atomic(directory / "config.toml", settings_toml(settings))
+        write_status(directory, identity=here.identity)
+    began = time.perf_counter()
+    trainer = Trainer(task, settings, here, distributed)
+    with stop_on_signal() as request, trainer:
         try:
-            trainer.start(found, wanted)
-            return trainer.fit(request, progress, profile)
+            trainer.start(found)
+            batches = trainer.batches()
+            trainer.settle()
+            with _progress(here, trainer) as bar, _profiler(trainer, settings.train.profile) as tick:
+                while trainer.step < trainer.total:
+                    stop = trainer.one_step(batches, request)
+                    tick()
+                    trainer.at_intervals(stop)
+                    bar(1)
+                    if stop:
+                        trainer.files.wait()
+                        raise Stopped(
+                            f"Stopped by {request.name or 'a signal'} at step {trainer.step} of {trainer.total} and "
+                            f"saved in {directory}; run the same command again to continue."
+                        )
+            trainer.finish()
         except Stopped:
             trainer.mark("stopped")
             raise
@@ -102,6 +84,28 @@ def train(
             if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
                 raise out_of_memory(settings, distributed, trainer.model) from error
             raise
+    seconds = time.perf_counter() - began
+    return TrainResult(directory, trainer.step, trainer.total, trainer.last, trainer.resumed_from, seconds)
+
+
+def _profiler(trainer: Trainer, steps: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    return profile_steps(steps, trainer.directory, trainer.device, trainer.say, trainer.meter)
+
+
+@contextlib.contextmanager
+def _progress(here: Run, trainer: Trainer) -> Iterator[Callable[[int], None]]:
+    """Counts steps on the bar of rank 0; those of an earlier try are counted already."""
+    if here.progress is None or not here.main:
+        yield lambda count: None
+        return
+    with here.progress(trainer.total, here.identity["kind"], "steps") as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count, **trainer.figures())
+
+        if trainer.step:
+            bar.update(trainer.step)
+        yield advance
 
 
 def _settle_precision(

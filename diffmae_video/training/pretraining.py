@@ -14,8 +14,10 @@ from diffmae_video.data.stream import Batch
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels, unpatchify
+from diffmae_video.registry import tasks
 from diffmae_video.training.distributed import Distributed
-from diffmae_video.training.loop import LossOutput
+from diffmae_video.training.streams import open_stream, validation_opener
+from diffmae_video.training.task import LossOutput, TaskSetup
 
 PICTURE_CLIPS = 4  # clips in a picture
 PICTURE_FRAMES = 8  # columns of a picture, at most
@@ -23,6 +25,7 @@ PICTURE_STEPS = 20  # denoising steps of "full sampling" in training pictures
 VALIDATION_CLIPS = 512  # a fixed part of the validation split is enough for a loss curve
 
 
+@tasks.register("pretrain")
 class PretrainTask:
     """DiffMAE's loss on batches of one or several sources.
 
@@ -50,6 +53,17 @@ class PretrainTask:
         sources = settings.data.sources
         self.masks = [source.mask or settings.mask for source in sources] or [settings.mask]
         self._shown: Batch | None = None
+
+    @classmethod
+    def build(cls, setup: TaskSetup) -> PretrainTask:
+        """A new DiffMAE by the settings; `init` is not for this task."""
+        settings = setup.settings
+        model = DiffMAE(settings.model, settings.diffusion, seed=settings.seed)
+        return cls(model, settings, validation_opener(settings, setup.processes), setup.processes, setup.facts)
+
+    def open_stream(self, rank: int, world: int) -> Any:
+        """Training batches of one folder of shards, or of `data.sources`."""
+        return open_stream(self.settings, rank, world)
 
     def _prepare(self, batch: Batch, device: torch.device, mask: MaskSettings) -> tuple[Tensor, Mask]:
         clips = normalize_pixels(batch.clips.to(device, non_blocking=True), self.settings.model.pixel_norm)

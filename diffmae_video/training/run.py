@@ -7,15 +7,20 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from diffmae_video.config import Settings, settings_toml
 from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.files import write_atomic
+
+if TYPE_CHECKING:
+    from diffmae_video.config import Settings
+    from diffmae_video.training.distributed import Distributed
 
 # settings that change how a run goes, not what it computes: they may differ when it is continued
 _FREE = {
@@ -34,11 +39,38 @@ _FREE = {
         "picture_every",
         "validate_every",
         "wandb",
+        "profile",
     },
 }
 _SECTIONS = ("seed", "model", "diffusion", "mask", "data", "train", "finetune")
 _LENGTH = ("epochs", "steps")
 _BEFORE_WORK = ("run.json", "run.lock", "run.holder", "config.toml", "metrics.jsonl", "report.html", "identity")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its stage holds it: where it lies, what it is, who takes part, and whom it tells."""
+
+    directory: Path
+    identity: dict[str, Any]
+    earlier: dict[str, Any] = field(default_factory=dict)
+    """run.json of an earlier try of the same run; empty where the directory is new."""
+    processes: Distributed | None = None
+    resume: str = "auto"
+    """`auto` goes on from the newest whole checkpoint here, `never` from none, a path from that run or checkpoint."""
+    say: Callable[[str], None] = lambda text: None
+    """Tells the user one line."""
+    progress: Callable[[int, str, str], AbstractContextManager[Any]] | None = None
+    """(total, label, unit) -> context manager with `update(count, **figures)`."""
+    report: Callable[[Path], None] | None = None
+    """Called on rank 0 with the directory whenever there is something new to show."""
+    flops_per_clip: float | None = None
+    """Forward and backward, for `mfu`."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.processes is None or self.processes.main
 
 
 def run_identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
@@ -92,11 +124,6 @@ def read_status(directory: Path) -> dict[str, Any] | None:
 def write_status(directory: Path, **fields: Any) -> None:
     """Write run.json whole: what it held, with `fields` replaced."""
     write_atomic(directory / "run.json", json.dumps({**(read_status(directory) or {}), **fields}, indent=1) + "\n")
-
-
-def write_settings(directory: Path, settings: Settings) -> None:
-    """Save the resolved settings as config.toml."""
-    write_atomic(directory / "config.toml", settings_toml(settings))
 
 
 def holds_work(directory: Path) -> bool:
@@ -189,7 +216,8 @@ def claim(directory: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if status is None:
                 clear(directory)
-            done = status is not None and status.get("status") == "finished" and status.get("identity") == identity
+            done = status is not None and status.get("status") == "finished"
+            done = done and not identity_difference(status.get("identity", {}), identity)
             if not done:
                 write_status(directory, identity=identity, status="running", step=(status or {}).get("step", 0))
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffmae_video.config import TrainSettings
+from diffmae_video.config import Settings, TrainSettings
 from diffmae_video.errors import UsageError
+from diffmae_video.training.distributed import Distributed
 
 
 class LossOutput(NamedTuple):
@@ -22,10 +24,42 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]  # scalars, detached; averaged over the steps between two lines of metrics.jsonl
 
 
+@dataclass(frozen=True)
+class TaskSetup:
+    """What a task is built from."""
+
+    settings: Settings
+    processes: Distributed = field(default_factory=Distributed)
+    facts: dict[str, Any] = field(default_factory=dict)  # for model.json: dataset, classes, recipe, ...
+    init: str | None = None  # weights to start from: a run, an export or an import; None from scratch
+    say: Callable[[str], None] = lambda text: None  # one line for the user
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names of the data; empty where it has no labels."""
+        return list(self.facts.get("classes") or [])
+
+
 class Task(Protocol):
-    """What is trained. `model` is the plain module; `loss` gets it wrapped (DDP, compile) and calls that one."""
+    """What is trained. `model` is the plain module; `loss` gets it wrapped (DDP, compile) and calls that one.
+
+    A task registers under its name, which `train.task` takes::
+
+        @tasks.register("pretrain")
+        class PretrainTask: ...
+    """
 
     model: nn.Module
+    monitor: tuple[str, str]  # the metric by which a checkpoint is the best, and `min` or `max`
+
+    @classmethod
+    def build(cls, setup: TaskSetup) -> Task:
+        """The task before its first step; the same on every rank."""
+        ...
+
+    def open_stream(self, rank: int, world: int) -> Any:
+        """An endless stream of this rank's batches, with `state_dict`, `load_state_dict`, `samples_per_epoch`."""
+        ...
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> LossOutput: ...
 

@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmae_video.config import Settings
-from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+from diffmae_video.errors import DiffmaeError, UsageError
 from diffmae_video.files import write_atomic
 from diffmae_video.training import optim, parallel, run, state
 from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import autocast, describe_machine, peak_flops, peak_memory
 from diffmae_video.training.logging import RunLog
-from diffmae_video.training.meter import Meter, profile_steps
+from diffmae_video.training.meter import Meter
+from diffmae_video.training.run import Run
 from diffmae_video.training.signals import StopRequest
-from diffmae_video.training.task import Task, TrainResult
+from diffmae_video.training.task import Task
 
 
 class Trainer:
     """One run in one process; `train` is the way to use it."""
 
-    def __init__(
-        self,
-        task: Task,
-        settings: Settings,
-        stream_factory: Callable[[int, int], Any],
-        directory: Path,
-        distributed: Distributed,
-        say: Callable[[str], None],
-        report: Callable[[Path], None] | None,
-        flops_per_clip: float | None,
-    ) -> None:
-        self.task, self.settings, self.train, self.directory = task, settings, settings.train, directory
+    def __init__(self, task: Task, settings: Settings, here: Run, distributed: Distributed) -> None:
+        self.task, self.settings, self.train, self.directory = task, settings, settings.train, here.directory
         self.distributed, self.device = distributed, distributed.device
-        self.say, self.report, self.flops_per_clip = say, report, flops_per_clip
+        self.say, self.report, self.flops_per_clip = here.say, here.report, here.flops_per_clip
+        self.wanted = here.identity
         state.seed_random(settings.seed, distributed.rank)
         self.model = task.model.to(self.device).train()
         self.wrapped = parallel.parallelize(self.model, self.train, distributed)
@@ -49,7 +39,7 @@ class Trainer:
         self.optimizer = optim.build_optimizer(self.model, self.train, fused=self.device.type != "mps")
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.average = optim.MovingAverage(named, self.train.ema) if self.train.ema else None
-        self.stream = stream_factory(distributed.rank, distributed.world)
+        self.stream = task.open_stream(distributed.rank, distributed.world)
         clips_an_epoch = self.stream.samples_per_epoch * settings.data.repeats
         if not settings.data.sources and clips_an_epoch < self.train.batch_size:
             raise UsageError(
@@ -93,10 +83,9 @@ class Trainer:
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
-    def start(self, found: Found | None, wanted: dict[str, Any]) -> None:
+    def start(self, found: Found | None) -> None:
         """Open the files of the run and take over a checkpoint's state."""
         train = self.train
-        self.wanted = wanted
         self.files = Checkpointer(
             self.directory / "checkpoints", self.distributed, train.keep_last, train.keep_every, train.mirror
         )
@@ -113,7 +102,8 @@ class Trainer:
             )
 
     def _load(self, found: Found) -> None:
-        if differs := run.identity_difference(found.state["identity"], self.wanted):
+        longer = found.step < self.total  # a finished run may go on to a later last step
+        if differs := run.identity_difference(found.state["identity"], self.wanted, but_length=longer):
             raise UsageError(f"Checkpoint {found.path} is of another run ({differs}); restore that, or start afresh.")
         rank, world = self.distributed.rank, self.distributed.world
         tensors = state.run_tensors(self.model, self.optimizer, self.average)
@@ -139,55 +129,13 @@ class Trainer:
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def fit(self, request: StopRequest, progress: Any, profile: int) -> TrainResult:
-        """Train to the last step."""
-        started = time.perf_counter()
+    def batches(self) -> Iterator[Any]:
+        """The stream's batches; drawing from it moves no generator of this process."""
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number when it starts: a resumed run starts two
-            batches = iter(self.stream)
-        label = self.wanted["kind"]
-        with contextlib.ExitStack() as stack:
-            bar = (
-                stack.enter_context(progress(self.total, label, "steps"))
-                if progress and self.distributed.main
-                else None
-            )
-            if bar is not None and self.step:
-                bar.update(self.step)
-            if self.owed:
-                self._settle()
-            tick = stack.enter_context(profile_steps(profile, self.directory, self.device, self.say, self.meter))
-            while self.step < self.total:
-                stop = self._one_step(batches, request)
-                tick()
-                self.files.poll()
-                due = self._due(stop)
-                if due["log"]:
-                    self._log()
-                if bar is not None:
-                    bar.update(1, **self._figures())
-                if due["pictures"]:
-                    self._pictures()
-                improved = due["validate"] and self._validate()
-                if due["save"] or improved:
-                    self.save()
-                if self.report and self.distributed.main and (due["pictures"] or due["validate"] or due["save"]):
-                    with self.meter.aside():
-                        self.report(self.directory)
-                if stop:
-                    self.files.wait()
-                    raise Stopped(
-                        f"Stopped by {request.name or 'a signal'} at step {self.step} of {self.total} and saved in "
-                        f"{self.directory}; run the same command again to continue."
-                    )
-        self.files.wait()
-        self.mark("finished")
-        if self.report and self.distributed.main:
-            self.report(self.directory)
-        seconds = time.perf_counter() - started
-        return TrainResult(self.directory, self.step, self.total, self.last, self.resumed_from, seconds)
+            return iter(self.stream)
 
-    def _one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
+    def one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop. A collective."""
         train, meter = self.train, self.meter
         batch_keys: list[Any] = []
         losses = torch.zeros((), device=self.device)
@@ -268,13 +216,37 @@ class Trainer:
 
     # --- at intervals -----------------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """What a run that was stopped in its last step still owes."""
+    def settle(self) -> None:
+        """Do what a run that was stopped in its last step still owes, if it was."""
+        if not self.owed:
+            return
         self.owed = False
         if self.train.picture_every:
             self._pictures()
         self._validate()
         self.save()
+
+    def at_intervals(self, stop: bool) -> None:
+        """After a step: log, pictures, validation, checkpoint and report where they are due. A collective."""
+        self.files.poll()
+        due = self._due(stop)
+        if due["log"]:
+            self._log()
+        if due["pictures"]:
+            self._pictures()
+        improved = due["validate"] and self._validate()
+        if due["save"] or improved:
+            self.save()
+        if self.report and self.distributed.main and (due["pictures"] or due["validate"] or due["save"]):
+            with self.meter.aside():
+                self.report(self.directory)
+
+    def finish(self) -> None:
+        """Wait until everything is on disk and mark the run as finished."""
+        self.files.wait()
+        self.mark("finished")
+        if self.report and self.distributed.main:
+            self.report(self.directory)
 
     def _due(self, stop: bool) -> dict[str, bool]:
         train, step, end = self.train, self.step, self.step == self.total
@@ -314,7 +286,8 @@ class Trainer:
         self.last = {"step": self.step, **line}
         self.log.metrics(self.step, line)
 
-    def _figures(self) -> dict[str, str]:
+    def figures(self) -> dict[str, str]:
+        """The last line's loss and rate, for a progress bar."""
         if not self.last or self.last.get("loss") is None:
             return {}
         last = self.last

@@ -24,6 +24,7 @@ from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.patches import normalize_pixels
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.evaluate import evaluate
+from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.predict import predict
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -55,7 +56,7 @@ def same_numbers(report: dict) -> dict:
 
 def test_files_and_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 9}, broken=("val0004",))
-    result = evaluate("squares", data=tmp_path / "shards", views="1x1,3x3", device="cpu")
+    result = evaluate(Job(data=tmp_path / "shards", device="cpu"), "squares", views="1x1,3x3")
     report = json.loads((result.directory / "eval.json").read_text())
     assert report == json.loads(json.dumps(result.report))
     assert report["videos"] == {"found": 9, "unlabelled": 0, "used": 8, "failed": 1}
@@ -85,8 +86,8 @@ def test_files_and_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> 
 @pytest.mark.slow  # three processes start; the split of the work itself is tested in test_classify.py
 def test_two_processes_give_the_same_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 5}, broken=("val0001",))
-    one = evaluate("squares", data=tmp_path / "shards", views="2x1", device="cpu", out=tmp_path / "one")
-    two = evaluate("squares", data=tmp_path / "shards", views="2x1", device="cpu", out=tmp_path / "two", nproc=2)
+    one = evaluate(Job(data=tmp_path / "shards", device="cpu", out=tmp_path / "one"), "squares", views="2x1")
+    two = evaluate(Job(data=tmp_path / "shards", device="cpu", out=tmp_path / "two", nproc=2), "squares", views="2x1")
     assert same_numbers(one.report) == same_numbers(two.report)
     alone, together = read_predictions(tmp_path / "one"), read_predictions(tmp_path / "two")
     assert alone.keys == together.keys
@@ -95,7 +96,7 @@ def test_two_processes_give_the_same_numbers(run: Path, tmp_path: Path, make_sha
 
 def test_kill_and_resume_give_the_same_file(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 6})
-    whole = evaluate("squares", data="shards", views="1x1", device="cpu", out=tmp_path / "whole")
+    whole = evaluate(Job(data="shards", device="cpu", out=tmp_path / "whole"), "squares", views="1x1")
     script = """
 import os, signal, sys
 from diffmae_video.evaluation import records
@@ -110,21 +111,19 @@ def killed(self, *arguments):
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 records.PassStore.add = killed
-stage.evaluate("squares", data="shards", views="1x1", device="cpu", overrides=["evaluate.batch_views=1"])
+from diffmae_video.pipelines.job import Job
+stage.evaluate(Job(data="shards", device="cpu", overrides=["evaluate.batch_views=1"]), "squares", views="1x1")
 """
     child = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert child.returncode == -9, child.stderr
     partial = next((tmp_path / "runs").glob("eval-*/partial-*"))
     assert len(list(partial.glob("*.safetensors"))) == 3
-    resumed = evaluate("squares", data="shards", views="1x1", device="cpu", overrides=["evaluate.batch_views=1"])
+    resumed = evaluate(Job(data="shards", device="cpu", overrides=["evaluate.batch_views=1"]), "squares", views="1x1")
     assert resumed.directory == partial.parent
     reference = evaluate(
+        Job(data="shards", device="cpu", overrides=["evaluate.batch_views=1"], out=tmp_path / "reference"),
         "squares",
-        data="shards",
         views="1x1",
-        device="cpu",
-        overrides=["evaluate.batch_views=1"],
-        out=tmp_path / "reference",
     )
     assert same_numbers(resumed.report) == same_numbers(reference.report)
     assert (resumed.directory / "predictions.parquet").read_bytes() == (
@@ -148,11 +147,11 @@ def test_sigterm_saves_and_leaves(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(PassStore, "add", signalled)
-    arguments = {"data": "shards", "views": "1x1", "device": "cpu", "overrides": ["evaluate.batch_views=2"]}
+    arguments = {"data": "shards", "device": "cpu", "overrides": ["evaluate.batch_views=2"]}
     with pytest.raises(Stopped, match="SIGTERM"):
-        evaluate("squares", **arguments)
+        evaluate(Job(**arguments), "squares", views="1x1")
     monkeypatch.setattr(PassStore, "add", add)
-    assert evaluate("squares", **arguments).used == 4
+    assert evaluate(Job(**arguments), "squares", views="1x1").used == 4
     assert len(list((tmp_path / "runs").glob("eval-*"))) == 1
 
 
@@ -160,37 +159,37 @@ def test_sigterm_saves_and_leaves(
 def test_other_clip_lengths_and_sizes(run: Path, tmp_path: Path, make_shards: Callable, frames: int, size: int) -> None:
     make_shards(tmp_path / "shards", {"val": 2})
     overrides = [f"model.frames={frames}", f"model.size=[{size}, {size}]"]
-    result = evaluate("squares", data="shards", views="1x1", device="cpu", overrides=overrides)
+    result = evaluate(Job(data="shards", device="cpu", overrides=overrides), "squares", views="1x1")
     assert (result.report["frames"], result.report["size"]) == (frames, [size, size])
 
 
 def test_what_does_not_fit_is_named(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 3}, classes=("right", "left", "up"))
     with pytest.raises(DataError, match=r"class 2 is 'down' in the checkpoint .* and 'up' in the data"):
-        evaluate("squares", data="shards", device="cpu")
+        evaluate(Job(data="shards", device="cpu"), "squares")
     make_shards(tmp_path / "fewer", {"val": 3}, classes=("right", "left"))
     with pytest.raises(DataError, match="class 2 is 'down'"):
-        evaluate("squares", data="fewer", device="cpu")
+        evaluate(Job(data="fewer", device="cpu"), "squares")
     with pytest.raises(UsageError, match="holds the data set squares"):
-        evaluate("k400", data="shards", checkpoint=run, device="cpu")
+        evaluate(Job(data="shards", checkpoint=run, device="cpu"), "k400")
     Workspace.here().record("shards", tmp_path / "shards", dataset="squares")
     with pytest.raises(UsageError, match="did you mean squares"):
-        evaluate("sqares", checkpoint=run, device="cpu")
+        evaluate(Job(checkpoint=run, device="cpu"), "sqares")
     with pytest.raises(UsageError, match="no shards of it are known"):
-        evaluate("ucf101", checkpoint=run, device="cpu")
+        evaluate(Job(checkpoint=run, device="cpu"), "ucf101")
     with pytest.raises(UsageError, match="have 16"):
-        evaluate("squares", data="shards", device="cpu", overrides=["model.patch=8"])
+        evaluate(Job(data="shards", device="cpu", overrides=["model.patch=8"]), "squares")
     with pytest.raises(UsageError, match="finetune --task NAME"):
-        evaluate("other", data="shards", device="cpu")
+        evaluate(Job(data="shards", device="cpu"), "other")
 
 
 def test_too_many_unreadable_videos(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 3}, broken=("val0000", "val0001"))
     with pytest.raises(DataError, match=r"2 of 3 videos cannot be read.*val0000"):
-        evaluate("squares", data="shards", views="1x1", device="cpu", out=tmp_path / "out")
+        evaluate(Job(data="shards", device="cpu", out=tmp_path / "out"), "squares", views="1x1")
     assert not (tmp_path / "out" / "eval.json").exists()
     loose = ["data.max_bad_fraction=1.0"]
-    result = evaluate("squares", data="shards", views="1x1", device="cpu", out=tmp_path / "out", overrides=loose)
+    result = evaluate(Job(data="shards", device="cpu", out=tmp_path / "out", overrides=loose), "squares", views="1x1")
     assert (result.used, len(result.failed)) == (1, 2)
 
 
@@ -236,10 +235,10 @@ def test_commands(run: Path, tmp_path: Path, make_shards: Callable) -> None:
 
 def test_predict_equals_eval(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     manifest = make_shards(tmp_path / "shards", {"val": 2})
-    result = evaluate("squares", data="shards", views="1x1", device="cpu")
+    result = evaluate(Job(data="shards", device="cpu"), "squares", views="1x1")
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(ShardReader(manifest).read("val", 1).data)
-    found = predict([clip], device="cpu", top=3, quiet=True)[0]
+    found = predict(Job(device="cpu"), [clip], top=3, quiet=True)[0]
     expected = read_predictions(result.directory).probabilities["1x1"][1]
     for name, probability in found.classes:
         assert probability == pytest.approx(expected[CLASSES.index(name)].item(), abs=1e-5)
@@ -251,4 +250,4 @@ def test_pretraining_is_no_classifier(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     save_model(DiffMAE(ModelSettings(**TINY, decoder_width=32, decoder_heads=2, decoder_depth=1)), tmp_path / "run")
     with pytest.raises(DataError, match="is no classifier"):
-        predict([tmp_path / "x.mp4"], checkpoint=tmp_path / "run", device="cpu")
+        predict(Job(checkpoint=tmp_path / "run", device="cpu"), [tmp_path / "x.mp4"])

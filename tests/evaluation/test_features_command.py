@@ -21,6 +21,7 @@ from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import normalize_pixels
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.features import extract_features, read_features
+from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.loss_sweep import loss_sweep
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -55,7 +56,7 @@ def clip_of(manifest, split: str, index: int) -> torch.Tensor:
 
 def test_features_and_table(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     manifest = make_shards(tmp_path / "shards", {"train": 4, "val": 3}, broken=("train0001",))
-    paths = extract_features(data="shards", out=tmp_path / "out", device="cpu")
+    paths = extract_features(Job(data="shards", out=tmp_path / "out", device="cpu"))
     assert [path.name for path in paths] == ["train.safetensors", "val.safetensors"]
     train = load_file(tmp_path / "out" / "train.safetensors")
     assert train["samples"].tolist() == [0, 2, 3]
@@ -74,7 +75,7 @@ def test_features_and_table(run: Path, tmp_path: Path, make_shards: Callable) ->
             expected = encoder.norm(encoder(clip_of(manifest, split, 2), norm=False).mean(1))[0]
         row = rows["samples"].tolist().index(2)
         assert torch.allclose(rows["features"][row], expected, atol=1e-5)
-    extract_features(data="shards", splits=["val"], tokens=True, out=tmp_path / "tokens", device="cpu")
+    extract_features(Job(data="shards", out=tmp_path / "tokens", device="cpu"), splits=["val"], tokens=True)
     stored = read_features(tmp_path / "tokens" / "val.safetensors").features
     assert stored.dtype == torch.float16
     assert torch.allclose(stored[2].float(), tokens[0], atol=5e-3)
@@ -82,17 +83,17 @@ def test_features_and_table(run: Path, tmp_path: Path, make_shards: Callable) ->
 
 def test_features_are_reused_and_never_mixed(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 2})
-    path = extract_features(data="shards", device="cpu")[0]
+    path = extract_features(Job(data="shards", device="cpu"))[0]
     assert ".diffmae/features" in str(path)
     before = path.stat().st_mtime_ns
-    assert extract_features(data="shards", device="cpu")[0] == path
+    assert extract_features(Job(data="shards", device="cpu"))[0] == path
     assert path.stat().st_mtime_ns == before
-    other = extract_features(data="shards", device="cpu", views="2x1")[0]
+    other = extract_features(Job(data="shards", device="cpu"), views="2x1")[0]
     assert other != path
     with pytest.raises(UsageError, match="holds other features"):
-        extract_features(data="shards", device="cpu", out=path.parent, views="2x1")
+        extract_features(Job(data="shards", device="cpu", out=path.parent), views="2x1")
     with pytest.raises(DataError, match="no split"):
-        extract_features(data="shards", device="cpu", splits=["test"])
+        extract_features(Job(data="shards", device="cpu"), splits=["test"])
     path.write_bytes(b"x" * 100)
     with pytest.raises(DataError, match="no features file"):
         read_features(path)
@@ -101,7 +102,7 @@ def test_features_are_reused_and_never_mixed(run: Path, tmp_path: Path, make_sha
 def test_loss_sweep_equals_the_model_at_a_fixed_timestep(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     manifest = make_shards(tmp_path / "shards", {"val": 3})
     result = loss_sweep(
-        run, data="shards", clips=2, steps=3, ratios=[0.5], device="cpu", out=tmp_path / "sweep", seed=0
+        Job(data="shards", device="cpu", out=tmp_path / "sweep", seed=0), run, clips=2, steps=3, ratios=[0.5]
     )
     first, middle, last = result.timesteps
     assert (first, last) == (0, 999)

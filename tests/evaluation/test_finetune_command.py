@@ -17,9 +17,11 @@ from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.evaluate import evaluate
-from diffmae_video.pipelines.finetune import build_classifier, finetune
+from diffmae_video.pipelines.finetune import finetune
 from diffmae_video.pipelines.finetune_plan import measure_classifier, plan_finetune
+from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.workspace import Workspace
+from diffmae_video.training.finetuning import build_classifier
 
 RECIPE = """
 [model]
@@ -76,14 +78,14 @@ def pretrained(folder: Path, **model) -> Path:
 
 
 def test_chain_from_scratch_to_eval(here: Path) -> None:
-    result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu")
+    result = finetune(Job(recipe="tiny.toml", device="cpu"), "squares", init="scratch")
     assert (result.step, result.init) == (4, "scratch")
     assert result.directory == here / "runs" / "finetune-001"
     assert {"val_top1", "val_top5"} <= set(result.metrics)
     model = load_model(result.directory)
     assert isinstance(model, Classifier)
     assert model.info["classes"] == ["right", "left", "down"]
-    report = evaluate("squares", device="cpu").report
+    report = evaluate(Job(device="cpu"), "squares").report
     assert list(report["views"]) == ["2x1"]  # the recipe's [stage.evaluate]
     assert report["checkpoint"] == str(result.directory)
 
@@ -97,19 +99,19 @@ def test_pretrained_encoder_is_taken_over(here: Path) -> None:
     for name, tensor in model.encoder.blocks.state_dict().items():
         assert torch.equal(tensor, source.blocks.state_dict()[name])
     assert torch.equal(model.encoder.norm.weight, source.norm.weight)
-    result = finetune("squares", recipe="tiny.toml", device="cpu", overrides=["train.steps=1"])
+    result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=["train.steps=1"]), "squares")
     assert result.init == str(run)
 
 
 def test_a_model_with_other_frames_and_size(here: Path) -> None:
     run = pretrained(here / "runs" / "pretrain-001", frames=8, size=(64, 64))
     changes = ["model.frames=4", "model.size=[32, 32]", "data.stride=3", "train.steps=1"]
-    result = finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=changes)
+    result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=changes), "squares", init=str(run))
     info = load_model(result.directory).info
     assert (info["frames"], info["size"], info["stride"]) == (4, [32, 32], 3)
-    report = evaluate("squares", device="cpu", views="1x1").report
+    report = evaluate(Job(device="cpu"), "squares", views="1x1").report
     assert (report["frames"], report["size"], report["stride"]) == (4, [32, 32], 3)
-    plain = finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["train.steps=1"])
+    plain = finetune(Job(recipe="tiny.toml", device="cpu", overrides=["train.steps=1"]), "squares", init=str(run))
     assert load_model(plain.directory).info["frames"] == 8  # a recipe's [model] is about pre-training
 
 
@@ -117,11 +119,13 @@ def test_a_model_of_16_frames_evaluates_other_lengths_and_sizes(here: Path, make
     make_shards(here / "few", {"train": 3, "val": 2}, frames=40)
     overrides = ["model.width=128", "model.depth=4", "model.heads=4", "model.frames=16", "model.size=[128, 128]"]
     overrides += ["data.stride=1", "train.steps=1", "train.batch_size=3"]
-    run = finetune("squares", init="scratch", recipe="tiny.toml", data="few", device="cpu", overrides=overrides)
+    run = finetune(Job(recipe="tiny.toml", data="few", device="cpu", overrides=overrides), "squares", init="scratch")
     seen = {}
     for frames, size in [(16, 128), (8, 128), (32, 128), (16, 256)]:
         changes = [f"model.frames={frames}", f"model.size=[{size}, {size}]", "data.stride=1"]
-        result = evaluate("squares", checkpoint=run.directory, data="few", views="1x1", overrides=changes, device="cpu")
+        result = evaluate(
+            Job(checkpoint=run.directory, data="few", overrides=changes, device="cpu"), "squares", views="1x1"
+        )
         assert (result.report["frames"], result.report["size"], result.used) == (frames, [size, size], 2)
         seen[frames, size] = read_predictions(result.directory).probabilities["1x1"]
         assert seen[frames, size].isfinite().all()
@@ -132,7 +136,7 @@ def test_training_improves_the_loss_and_repeats(here: Path) -> None:
     overrides = ["train.steps=80", "train.checkpoint_every=100"]
     losses = []
     for _ in range(2):
-        result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=overrides)
+        result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=overrides), "squares", init="scratch")
         lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if line.get("loss") is not None])
     assert losses[0] == losses[1]
@@ -141,24 +145,24 @@ def test_training_improves_the_loss_and_repeats(here: Path) -> None:
 
 def test_label_fraction_and_frozen_blocks(here: Path) -> None:
     overrides = ["data.label_fraction=0.25", "train.batch_size=3", "finetune.freeze=1", "train.steps=2"]
-    result = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=overrides)
+    result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=overrides), "squares", init="scratch")
     trained, fresh = load_model(result.directory), Encoder(load_model(result.directory).settings, seed=0)
     assert torch.equal(trained.encoder.patch_embed.proj.weight, fresh.patch_embed.proj.weight)
     assert torch.equal(trained.encoder.blocks[0].mlp.fc1.weight, fresh.blocks[0].mlp.fc1.weight)
     assert not torch.equal(trained.encoder.blocks[1].mlp.fc1.weight, fresh.blocks[1].mlp.fc1.weight)
     with pytest.raises(UsageError, match="has 2 blocks"):
-        finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=["finetune.freeze=3"])
+        finetune(Job(recipe="tiny.toml", device="cpu", overrides=["finetune.freeze=3"]), "squares", init="scratch")
 
 
 @pytest.mark.parametrize("protocol", ["linear", "attentive"])
 def test_probe_leaves_a_classifier_that_eval_agrees_with(here: Path, protocol: str) -> None:
     run = pretrained(here / "runs" / "pretrain-001")
-    result = finetune("squares", protocol=protocol, recipe="tiny.toml", device="cpu")
+    result = finetune(Job(recipe="tiny.toml", device="cpu"), "squares", protocol=protocol)
     probed = json.loads((result.directory / "probe.json").read_text())
     assert probed["top1"] == result.metrics["val_top1"]
     model, source = load_model(result.directory), load_model(run).encoder
     assert torch.equal(model.encoder.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    tested = evaluate("squares", device="cpu", views="1x1")
+    tested = evaluate(Job(device="cpu"), "squares", views="1x1")
     expected = read_predictions(result.directory).probabilities["1x1"]
     tolerance = 1e-4 if protocol == "linear" else 2e-2  # tokens are cached in half precision
     assert torch.allclose(read_predictions(tested.directory).probabilities["1x1"], expected, atol=tolerance)
@@ -166,18 +170,18 @@ def test_probe_leaves_a_classifier_that_eval_agrees_with(here: Path, protocol: s
 
 def test_knn_and_reused_features(here: Path) -> None:
     pretrained(here / "runs" / "pretrain-001")
-    first = finetune("squares", protocol="knn", recipe="tiny.toml", device="cpu", overrides=["finetune.knn=3"])
+    first = finetune(Job(recipe="tiny.toml", device="cpu", overrides=["finetune.knn=3"]), "squares", protocol="knn")
     cached = sorted((here / ".diffmae" / "features").rglob("*.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in cached]
     assert len(cached) == 2
-    finetune("squares", protocol="linear", recipe="tiny.toml", device="cpu")
+    finetune(Job(recipe="tiny.toml", device="cpu"), "squares", protocol="linear")
     assert [path.stat().st_mtime_ns for path in cached] == stamps
     assert read_predictions(first.directory).probabilities["1x1"].sum(1).allclose(torch.ones(6))
     assert Workspace.here().latest("finetune").path.endswith("finetune-002")  # kNN leaves no classifier
 
 
 def test_classes_of_a_classifier_keep_its_head(here: Path) -> None:
-    first = finetune("squares", init="scratch", recipe="tiny.toml", device="cpu")
+    first = finetune(Job(recipe="tiny.toml", device="cpu"), "squares", init="scratch")
     settings = with_overrides(Settings(model=load_model(first.directory).settings), finetune={"drop_path": 0.0})
     same, _, line = build_classifier(str(first.directory), settings, ["right", "left", "down"])
     assert "kept" in line
@@ -191,21 +195,21 @@ def test_classes_of_a_classifier_keep_its_head(here: Path) -> None:
 
 def test_refusals(here: Path) -> None:
     with pytest.raises(UsageError, match="No pre-training is known"):
-        finetune("squares", recipe="tiny.toml", device="cpu")
+        finetune(Job(recipe="tiny.toml", device="cpu"), "squares")
     with pytest.raises(UsageError, match="no such run"):
-        finetune("squares", init="nowhere", recipe="tiny.toml", device="cpu")
+        finetune(Job(recipe="tiny.toml", device="cpu"), "squares", init="nowhere")
     with pytest.raises(UsageError, match="did you mean squares"):
-        finetune("square", init="scratch", recipe="tiny.toml", device="cpu")
+        finetune(Job(recipe="tiny.toml", device="cpu"), "square", init="scratch")
     (here / "empty").mkdir()
     with pytest.raises(UsageError, match=r"holds no model\.json"):
-        finetune("squares", init="empty", recipe="tiny.toml", device="cpu")
+        finetune(Job(recipe="tiny.toml", device="cpu"), "squares", init="empty")
     with pytest.raises(DataError, match="no split"):
-        finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", overrides=["data.split=test"])
+        finetune(Job(recipe="tiny.toml", device="cpu", overrides=["data.split=test"]), "squares", init="scratch")
     run = pretrained(here / "runs" / "pretrain-001")
     with pytest.raises(UsageError, match="have 16"):
-        finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["model.patch=8"])
+        finetune(Job(recipe="tiny.toml", device="cpu", overrides=["model.patch=8"]), "squares", init=str(run))
     with pytest.raises(UsageError, match="no class token"):
-        finetune("squares", init=str(run), recipe="tiny.toml", device="cpu", overrides=["finetune.pool=class"])
+        finetune(Job(recipe="tiny.toml", device="cpu", overrides=["finetune.pool=class"]), "squares", init=str(run))
     assert not (here / "runs" / "finetune-001").exists()
 
 
@@ -227,18 +231,18 @@ def test_auto_takes_the_recipe_of_the_pretraining(
     if stage is not None:
         (here / recipe).parent.mkdir(exist_ok=True)
         (here / recipe).write_text(RECIPE + stage)
-    plan = plan_finetune("squares", "auto", None, None, "auto", (), None, "cpu")
+    plan = plan_finetune(Job(device="cpu"), "squares")
     assert plan.recipe == wanted
     assert (plan.settings.train.steps == 7) == (wanted == recipe)
     monkeypatch.setenv("DIFFMAE_WORKSPACE", str(here))  # from another folder the path is the workspace's
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    again = plan_finetune("squares", "auto", None, None, "auto", (), None, "cpu")
+    again = plan_finetune(Job(device="cpu"), "squares")
     assert again.settings == plan.settings
 
 
 def test_dry_run_tells_the_cost_and_makes_nothing(here: Path, capsys: pytest.CaptureFixture) -> None:
-    assert finetune("squares", init="scratch", recipe="tiny.toml", device="cpu", dry_run=True) is None
+    assert finetune(Job(recipe="tiny.toml", device="cpu", dry_run=True), "squares", init="scratch") is None
     output = capsys.readouterr().out
     assert all(name in output for name in ("FLOPs a clip", "memory a process", "device hours", "4 steps of 6 clips"))
     assert not (here / "runs").exists()

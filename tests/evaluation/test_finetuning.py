@@ -14,10 +14,10 @@ from timm.optim import param_groups_layer_decay
 
 from diffmae_video.config import FinetuneSettings, ModelSettings
 from diffmae_video.data.stream import Batch
-from diffmae_video.evaluation.finetuning import FinetuneTask, freeze_first, soft_cross_entropy
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.patches import normalize_pixels
+from diffmae_video.training.finetuning import FinetuneTask, freeze_first, soft_cross_entropy
 from diffmae_video.training.optim import parameter_groups
 
 TINY = ModelSettings(preset="nano", width=48, depth=3, heads=3, frames=4, size=(32, 32))
@@ -122,7 +122,7 @@ def test_finetuning_from_a_transformers_videomae_starts_with_its_logits(tmp_path
     from diffmae_video.config import Settings, with_overrides
     from diffmae_video.models.importers import import_weights
     from diffmae_video.models.weights import save_model
-    from diffmae_video.pipelines.finetune import build_classifier
+    from diffmae_video.training.finetuning import build_classifier
 
     torch.manual_seed(0)
     config = VideoMAEConfig(

@@ -21,6 +21,7 @@ from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.pipelines.finetune import finetune
+from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.pretrain import pretrain
 from diffmae_video.pipelines.shard import ShardJob, shard
 
@@ -49,14 +50,16 @@ class Runs:
         return load_settings("smoke", "pretrain", [*SMALL, *overrides])
 
     def here(self, out: Path, *overrides: str, **options: Any) -> Any:
-        return pretrain(self.settings(*overrides), data=str(self.shards), out=out, device="cpu", **options)
+        chosen = (*SMALL, *overrides)
+        return pretrain(Job(recipe="smoke", overrides=chosen, data=str(self.shards), out=out, device="cpu", **options))
 
     def finetune(self, out: Path, *overrides: str) -> Any:
         """A fine-tuning from scratch, with everything that draws numbers: Mixup, CutMix, dropout, stochastic depth."""
         mixing = ("finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.dropout=0.2", "finetune.drop_path=0.3")
         chosen = [*SMALL, *mixing, *overrides]
         task, data = Manifest.load(self.shards).dataset, self.shards
-        return finetune(task, init="scratch", data=data, recipe="smoke", overrides=chosen, device="cpu", out=out)
+        job = Job(recipe="smoke", overrides=tuple(chosen), data=str(data), out=out, device="cpu")
+        return finetune(job, task, init="scratch")
 
     def child(
         self,
@@ -144,7 +147,7 @@ def kill_at(call: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
     """A `before` that signals the process when its `call`-th micro-batch has gone forward."""
 
     def before(rank: int) -> None:
-        from diffmae_video.evaluation.finetuning import FinetuneTask
+        from diffmae_video.training.finetuning import FinetuneTask
         from diffmae_video.training.pretraining import PretrainTask
 
         count = [0]

@@ -1,0 +1,90 @@
+"""What a stage takes: shards, a run, weights to start from; named by the user or found in the workspace.
+
+Nothing heavy is imported here: that nothing is known is said at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from diffmae_video.data.datasets import dataset_names
+from diffmae_video.errors import UsageError
+from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.workspace import Workspace
+
+
+def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tuple[str, str]:
+    """The run or weights a stage takes, and the line that says which.
+
+    Args:
+        kind: `finetune` or `pretrain`, what the workspace is asked for.
+        given: `--checkpoint`; the workspace's newest without it.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if given is not None:
+        if not Path(given).exists():
+            raise UsageError(f"--checkpoint {given}: there is no such file or folder; give a run or its weights.")
+        return str(given), f"Checkpoint: {given} (--checkpoint)."
+    entry = Workspace.here().require(kind, "--checkpoint", **({"task": task} if task else {}))
+    what = {"finetune": "fine-tuning", "pretrain": "pre-training"}[kind]
+    return entry.path, f"Checkpoint: {entry.path} (the newest {what}{f' for {task}' if task else ''})."
+
+
+def find_init(init: str) -> tuple[str | None, str]:
+    """The weights a fine-tuning starts from (None: from scratch), and the line that says which.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if init == "scratch":
+        return None, "Weights: from scratch (--init scratch)."
+    if init != "auto":
+        if not Path(init).exists():
+            raise UsageError(f"--init {init}: there is no such run; give a folder, `scratch` or `auto`.")
+        return init, f"Weights: {init} (--init)."
+    entry = Workspace.here().latest("pretrain")
+    if entry is None:
+        raise UsageError(
+            f"No pre-training is known in {Workspace.here().folder}: run `diffmae pretrain --video` first, or give "
+            "--init PATH or --init scratch."
+        )
+    return entry.path, f"Weights: {entry.path} (the newest pre-training)."
+
+
+def find_task_shards(job: Job, task: str, configured: str | None = None) -> tuple[str, str]:
+    """Path or URL of the shards of a task, and where it comes from: `--data`, `data.path` or the line that says.
+
+    Args:
+        task: data set name, as `diffmae shard` recorded it.
+        configured: `data.path` of the recipe.
+
+    Raises:
+        UsageError: an unknown task, or none of its shards are known.
+    """
+    if job.data is not None:
+        return job.data, "--data"
+    configured = job.override("data.path") or configured
+    if configured is not None:
+        return configured, "data.path"
+    workspace = Workspace.here()
+    entry = workspace.latest("shards", dataset=task)
+    if entry is None:
+        raise UsageError(_unknown(task, workspace))
+    return entry.path, f"the newest shards of {task} in {workspace.folder}"
+
+
+def _unknown(task: str, workspace: Workspace) -> str:
+    sharded = {entry.facts.get("dataset") for entry in workspace.entries() if entry.kind == "shards"} - {None}
+    if task in dataset_names():
+        return (
+            f"--task {task}: no shards of it are known in {workspace.folder}; make them with `diffmae shard SRC OUT`, "
+            "or give --data."
+        )
+    known = sorted(sharded | set(dataset_names()))
+    near = difflib.get_close_matches(task, known, n=1, cutoff=0.0)
+    return (
+        f"--task {task}: no such data set is known or sharded here (did you mean {near[0]}?); name one or give --data."
+    )
