@@ -36,6 +36,7 @@ from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.loop import train
 from diffmae_video.training.pretraining import PretrainTask
+from diffmae_video.training.run import Run, claim, run_identity
 from diffmae_video.training.streams import open_stream
 
 COMMAND = [sys.executable, "-c", "from diffmae_video.cli.app import main; main()"]
