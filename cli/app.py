@@ -2,28 +2,107 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from diffmae_video._version import __version__
+from diffmae_video.cli import demo, recognition, render, shard, system, train, weights
 from diffmae_video.errors import DiffmaeError
+from diffmae_video.training.signals import Interruption, interruptible
 
 # Typer carries its own copy of click since 0.26 and used click's before: take the class from where it is
 ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-_AREAS = ("demo", "shard", "train", "recognition", "render", "weights", "system")
+_COMMANDS: dict[str, Callable[..., Any] | typer.Typer] = {
+    **demo.COMMANDS,
+    **shard.COMMANDS,
+    **train.COMMANDS,
+    **recognition.COMMANDS,
+    **render.COMMANDS,
+    **weights.COMMANDS,
+    **system.COMMANDS,
+}
+_STYLE: dict[str, Any] = {
+    "rich_markup_mode": None,  # plain help comes in half the time
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+def _set_debug(wanted: bool) -> None:
+    if wanted:
+        os.environ["DIFFMAE_DEBUG"] = "1"  # worker processes and launched ranks see it too
+
+
+def _debug_option() -> Any:
+    """The option `--debug` of a command: the same as before the command."""
+
+    def holder(
+        debug: Annotated[
+            bool,
+            typer.Option(
+                "--debug", expose_value=False, callback=_set_debug, envvar="DIFFMAE_DEBUG", help="Show tracebacks."
+            ),
+        ] = False,
+    ) -> None: ...
+
+    alone = typer.Typer(add_completion=False)
+    alone.command()(holder)
+    return typer.main.get_command(alone).params[0]
+
+
+class _LazyCommands(Mapping[str, Any]):
+    """Commands by name; the options of a command are made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        part = _COMMANDS[name]
+        if not isinstance(part, typer.Typer):
+            alone = typer.Typer(add_completion=False, **_STYLE)
+            alone.command(name)(part)
+            part = alone
+        command = typer.main.get_command(part)
+        command.name = name
+        for one in (command, *getattr(command, "commands", {}).values()):
+            one.params.append(_debug_option())
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Commands(TyperGroup):
+    """All commands, in the order of the work."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = _LazyCommands()  # type: ignore[assignment]
+
+    def format_commands(self, context: Any, formatter: Any) -> None:
+        """A line for each command, without making its options."""
+        lines = []
+        for name, part in _COMMANDS.items():
+            text = (part.info.help if isinstance(part, typer.Typer) else part.__doc__) or ""
+            lines.append((name, " ".join(text.split("\n\n")[0].split())))
+        with formatter.section("Commands"):
+            formatter.write_dl(lines)
+
 
 app = typer.Typer(
     name="diffmae",
+    cls=_Commands,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
     help="Diffusion models as masked autoencoders: from raw clips to recognition and inpainted video.",
     epilog="The main job: diffmae shard SRC OUT; diffmae pretrain --video; diffmae finetune --task k400; "
     "diffmae eval --task k400; diffmae render-inpaint CLIP. See it whole in minutes: diffmae demo.",
+    **_STYLE,
 )
 
 
@@ -35,18 +114,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", envvar="DIFFMAE_DEBUG", help="Show tracebacks.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", callback=_set_debug, envvar="DIFFMAE_DEBUG", help="Show tracebacks.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Diffusion models as masked autoencoders: from raw clips to recognition and inpainted video."""
-    if debug:
-        os.environ["DIFFMAE_DEBUG"] = "1"  # worker processes and launched ranks see it too
-
-
-for _area in _AREAS:
-    importlib.import_module(f"diffmae_video.cli.{_area}").register(app)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -57,9 +132,13 @@ def run(arguments: list[str] | None = None) -> int:
     """
     command = typer.main.get_command(app)
     try:
-        code = command.main(arguments, prog_name="diffmae", standalone_mode=False)
+        with interruptible():
+            code = command.main(arguments, prog_name="diffmae", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as error:
+        for cause in (error, error.__cause__, error.__context__):
+            if isinstance(cause, Interruption):
+                return _fail(str(cause), 1)
         return _fail("Interrupted.", 130)
     except ClickException as error:
         if _debugging():
@@ -86,7 +165,9 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C has nothing left to interrupt
+    sys.exit(code)
 
 
 def _debugging() -> bool:

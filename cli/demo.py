@@ -48,7 +48,4 @@ def demo(
     run(out, recipe=recipe, seed=seed, device=device.value)
 
 
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.command("demo")(demo)
-    app.command("demo-data")(demo_data)
+COMMANDS = {"demo": demo, "demo-data": demo_data}

@@ -193,11 +193,11 @@ def loss_sweep(
     stage.loss_sweep(job_of(options), run, clips, steps, ratio or [])
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this area."""
-    app.command("finetune")(finetune)
-    app.command("eval")(evaluate)
-    app.command("features")(features)
-    app.command("predict")(predict)
-    app.command("compare")(compare)
-    app.command("loss-sweep")(loss_sweep)
+COMMANDS = {
+    "finetune": finetune,
+    "eval": evaluate,
+    "features": features,
+    "predict": predict,
+    "compare": compare,
+    "loss-sweep": loss_sweep,
+}

@@ -116,6 +116,4 @@ def render_inpaint(
     )
 
 
-def register(app: typer.Typer) -> None:
-    """Add this module's command."""
-    app.command("render-inpaint")(render_inpaint)
+COMMANDS = {"render-inpaint": render_inpaint}

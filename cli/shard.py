@@ -151,7 +151,4 @@ def stats(
     print_stats(summarise(shards, out, split=split), shards)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    for command in (shard, verify, index, stats):
-        app.command()(command)
+COMMANDS = {"shard": shard, "verify": verify, "index": index, "stats": stats}

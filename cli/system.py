@@ -11,12 +11,6 @@ from diffmae_video.cli.options import SetOption
 recipes_app = typer.Typer(help="List the built-in recipes, or show one resolved.", no_args_is_help=False)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("doctor")(doctor)
-    app.add_typer(recipes_app, name="recipes")
-
-
 def doctor() -> None:
     """Print versions, devices, codecs and free disk, and what to do where something is off."""
     from diffmae_video.pipelines.console import say, table
@@ -58,3 +52,6 @@ def show_recipe(
     if stage not in Stage.__args__:
         raise UsageError(f"--stage {stage} is not one of {', '.join(Stage.__args__)}; choose one of them.")
     typer.echo(settings_toml(load_settings(name, stage, tuple(overrides or ()))), nl=False)
+
+
+COMMANDS = {"doctor": doctor, "recipes": recipes_app}

@@ -54,7 +54,4 @@ def report(
     compare_runs(runs, out)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this area."""
-    app.command("pretrain")(pretrain)
-    app.command("report")(report)
+COMMANDS = {"pretrain": pretrain, "report": report}

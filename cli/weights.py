@@ -107,7 +107,4 @@ def export_command(
     export(checkpoint, form.value, out=out, licence=licence, overwrite=overwrite)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("import")(import_command)
-    app.command("export")(export_command)
+COMMANDS = {"import": import_command, "export": export_command}

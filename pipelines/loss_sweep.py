@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmae_video.config import with_overrides
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import load
 from diffmae_video.pipelines.find import find_run
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.workspace import Workspace
@@ -52,9 +50,11 @@ def loss_sweep(
 
     import torch
 
+    from diffmae_video.config import with_overrides
     from diffmae_video.data.stream import build_stream
     from diffmae_video.masking import make_mask
     from diffmae_video.models.patches import grid_shape
+    from diffmae_video.pipelines.classifiers import load
     from diffmae_video.training.hardware import pick_device
 
     place = pick_device(job.device)

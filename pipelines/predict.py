@@ -10,7 +10,6 @@ from pathlib import Path
 
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import load_classifier
 from diffmae_video.pipelines.find import find_run
 from diffmae_video.pipelines.job import Job
 
@@ -52,6 +51,7 @@ def predict(
 
     from diffmae_video.evaluation.classify import ViewSettings, decode_views
     from diffmae_video.evaluation.views import parse_views
+    from diffmae_video.pipelines.classifiers import load_classifier
     from diffmae_video.training.hardware import pick_device
 
     loaded = load_classifier(source, pick_device(job.device), job.overrides, job.seed)

@@ -21,7 +21,7 @@ from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.weights import save_model
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
-from diffmae_video.pipelines.features import FeaturePass, Features
+from diffmae_video.pipelines.feature_pass import FeaturePass, Features
 from diffmae_video.pipelines.run import RunFolder
 from diffmae_video.training.optim import peak_learning_rate
 

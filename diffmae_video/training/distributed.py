@@ -7,9 +7,13 @@ import dataclasses
 import datetime
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +24,9 @@ import torch.distributed as dist
 from diffmae_video import errors
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
 from diffmae_video.training.hardware import core_count, pick_device
+from diffmae_video.training.signals import Interruption, interruptible
 
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 SHUTDOWN_SECONDS = 20  # how long the ranks of a stopped run may take to save and leave
 
 
@@ -175,25 +181,28 @@ def launch(function: Callable[..., Any], nproc: int, *arguments: Any, **options:
     with tempfile.TemporaryDirectory() as folder:
         note = os.path.join(folder, "stopped")
 
-        def stopped(default: str) -> Stopped:
+        def stopped(name: str) -> DiffmaeError:
             with contextlib.suppress(OSError), open(note, encoding="utf-8") as file:
                 return Stopped(file.read())
-            return Stopped(default)
+            return DiffmaeError(str(Interruption(name)))
 
         try:
             results = elastic_launch(config, _child)(function, arguments, options, note)
         except ChildFailedError as error:
             if all(failure.exitcode == Stopped.exit_code for failure in error.failures.values()):
-                raise stopped("Stopped by a signal; run the same command again to continue.") from None
+                raise stopped("a signal") from None
             raise _first_error(error) from None
         except SignalException as error:
-            raise stopped(f"Stopped by {error.sigval.name}; run the same command again to continue.") from None
+            raise stopped(error.sigval.name) from None
     return results[0]
 
 
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], note: str) -> Any:
+    """A launched process: the stage, and how it ends."""
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     try:
-        return function(*arguments, **options)
+        with interruptible():
+            return function(*arguments, **options)
     except Stopped as stop:  # all ranks stop together
         if ranks_from_environment()[0] == 0:
             with open(note, "w", encoding="utf-8") as file:
@@ -201,6 +210,19 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], options: di
         # not by returning: a process that returned waits until the launcher has read its value, and one that was
         # signalled itself reads no more
         raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _end_with_launcher() -> None:
+    """Save and leave when the launcher is gone: nobody would tell this process that another one has failed."""
+    launcher = multiprocessing.parent_process()
+    if launcher is None:
+        return
+    launcher.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SHUTDOWN_SECONDS)  # in a call that waits for other processes no handler runs
+    os._exit(DiffmaeError.exit_code)
 
 
 def _first_error(error: Any) -> DiffmaeError:

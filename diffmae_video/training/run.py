@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.files import write_atomic
+from diffmae_video.training.signals import Interruption
 
 if TYPE_CHECKING:
     from diffmae_video.config import Settings
@@ -227,8 +228,13 @@ def claim(directory: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]
                     clear(directory)
                     given_back = True
                 elif not done:
+                    stopped = isinstance(error, Stopped | KeyboardInterrupt)
                     with contextlib.suppress(OSError):
-                        write_status(directory, status="stopped" if isinstance(error, Stopped) else "failed")
+                        write_status(directory, status="stopped" if stopped else "failed")
+                    if isinstance(error, Interruption):  # what an earlier part has saved is there
+                        raise Stopped(
+                            f"Stopped by {error.name}; run the same command again to continue {directory}."
+                        ) from None
                 raise
     finally:
         if new and given_back:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmae_video.cli.recognition import register
+from diffmae_video.cli.app import app
 from diffmae_video.config import ModelSettings, Settings, settings_toml, with_overrides
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.errors import DataError, Stopped, UsageError
@@ -194,11 +194,8 @@ def test_too_many_unreadable_videos(run: Path, tmp_path: Path, make_shards: Call
 
 
 def command(arguments: list[str]) -> tuple[int, str]:
-    import typer
     from typer.testing import CliRunner
 
-    app = typer.Typer()
-    register(app)
     result = CliRunner().invoke(app, arguments)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception

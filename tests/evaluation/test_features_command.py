@@ -20,7 +20,8 @@ from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import normalize_pixels
 from diffmae_video.models.weights import load_model, save_model
-from diffmae_video.pipelines.features import extract_features, read_features
+from diffmae_video.pipelines.feature_pass import read_features
+from diffmae_video.pipelines.features import extract_features
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.loss_sweep import loss_sweep
 from diffmae_video.pipelines.workspace import Workspace
