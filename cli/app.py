@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from diffmae_video._version import __version__
 from diffmae_video.cli import demo, recognition, render, shard, system, train, weights
+from diffmae_video.cli.options import STYLE
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.training.signals import Interruption, interruptible
 
@@ -26,11 +27,6 @@ _COMMANDS: dict[str, Callable[..., Any] | typer.Typer] = {
     **render.COMMANDS,
     **weights.COMMANDS,
     **system.COMMANDS,
-}
-_STYLE: dict[str, Any] = {
-    "rich_markup_mode": None,  # plain help comes in half the time
-    "pretty_exceptions_enable": False,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
 
@@ -62,7 +58,7 @@ class _LazyCommands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         part = _COMMANDS[name]
         if not isinstance(part, typer.Typer):
-            alone = typer.Typer(add_completion=False, **_STYLE)
+            alone = typer.Typer(add_completion=False, **STYLE)
             alone.command(name)(part)
             part = alone
         command = typer.main.get_command(part)
@@ -102,7 +98,7 @@ app = typer.Typer(
     help="Diffusion models as masked autoencoders: from raw clips to recognition and inpainted video.",
     epilog="The main job: diffmae shard SRC OUT; diffmae pretrain --video; diffmae finetune --task k400; "
     "diffmae eval --task k400; diffmae render-inpaint CLIP. See it whole in minutes: diffmae demo.",
-    **_STYLE,
+    **STYLE,
 )
 
 

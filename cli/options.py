@@ -13,6 +13,12 @@ import typer
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines.job import Job
 
+STYLE: dict[str, Any] = {
+    "rich_markup_mode": None,  # plain help comes in half the time
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+"""How every command looks and fails."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

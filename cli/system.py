@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from diffmae_video.cli.options import SetOption
+from diffmae_video.cli.options import STYLE, SetOption
 
-recipes_app = typer.Typer(help="List the built-in recipes, or show one resolved.", no_args_is_help=False)
+recipes_app = typer.Typer(help="List the built-in recipes, or show one resolved.", add_completion=False, **STYLE)
 
 
 def doctor() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffmae_video._version import __version__
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, Stopped
 from diffmae_video.evaluation.classify import SplitViews, ViewSettings, run_pass, videos_per_block
 from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmae_video._version import __version__
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, DiffmaeError, Stopped, UsageError
 from diffmae_video.evaluation.classify import SplitViews, ViewSettings, run_pass, videos_per_block
 from diffmae_video.evaluation.records import PassStore

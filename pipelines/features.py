@@ -31,7 +31,7 @@ def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", t
         return launch(extract_features, job, splits, views, tokens)
     console.say(line)
 
-    from diffmae_video.data.shards import Manifest
+    from diffmae_video.data.manifest import Manifest
     from diffmae_video.evaluation.classify import ViewSettings
     from diffmae_video.evaluation.views import parse_views
     from diffmae_video.pipelines.classifiers import load

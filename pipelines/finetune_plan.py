@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffmae_video.config import Settings, load_settings, read_recipe, recipe_chain, recipe_names, with_overrides
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder

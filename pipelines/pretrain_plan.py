@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffmae_video.config import Settings, SourceSettings, with_overrides
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.job import Job

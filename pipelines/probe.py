@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffmae_video.config import settings_toml
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.order import label_subset
-from diffmae_video.data.shards import Manifest
 from diffmae_video.evaluation.classify import ViewSettings
 from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores
 from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions

@@ -8,7 +8,7 @@ from diffmae_video.config import Settings, Stage, load_settings, with_overrides
 from diffmae_video.training.hardware import pick_device
 
 if TYPE_CHECKING:
-    from diffmae_video.data.shards import Manifest
+    from diffmae_video.data.manifest import Manifest
     from diffmae_video.pipelines.job import Job
 
 

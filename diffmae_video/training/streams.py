@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffmae_video.config import Settings, with_overrides
-from diffmae_video.data.shards import Manifest
+from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.stream import build_stream
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.mix import MixedStream

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 
 from diffmae_video._version import __version__
 from diffmae_video.cli.app import app, run
-from diffmae_video.errors import DataError, Stopped
+from diffmae_video.errors import DataError, Stopped, UsageError
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +62,51 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFMAE_DEBUG", "1")
     with pytest.raises(Exception, match="nowhere"):
         run(["recipes", "show", "nowhere"])
+
+
+@pytest.mark.parametrize("words", [["--debug", "recipes", "show", "x"], ["recipes", "show", "x", "--debug"]])
+def test_debug_works_before_and_after_the_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFMAE_DEBUG", "")
+    with pytest.raises(UsageError, match="no such recipe"):
+        run(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "--task", "k400"], "No finetune result for task k400 is known"),
+        (["pretrain"], "No shards result for media video is known"),
+        (["pretrain", "--nproc", "2"], "No shards result for media video is known"),
+        (["finetune", "--task", "k400"], "no shards of it are known"),
+        (["features"], "No pretrain result is known"),
+        (["predict", "x.mp4"], "No finetune result is known"),
+        (["loss-sweep"], "No pretrain result is known"),
+        (["pretrain", "--device", "tpu"], "--device"),
+    ],
+)
+def test_early_errors_import_no_torch(words: list[str], said: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom diffmae_video.cli.app import run\ncode = run(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules\nassert 'numpy' not in sys.modules\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_a_command_starts_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not heeded")
+
+    monkeypatch.setattr(typer.main, "get_command", lambda _: type("Command", (), {"main": staticmethod(start)}))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run([]) == 1
+    assert capsys.readouterr().err == "diffmae: Stopped by SIGTERM before it could save; run the same command again.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_every_option_has_an_environment_variable() -> None:

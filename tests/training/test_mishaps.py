@@ -17,6 +17,7 @@ from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.training import checkpoint, pretraining
 from diffmae_video.training import run as run_files
 from diffmae_video.training.checkpoint import list_checkpoints
+from diffmae_video.training.signals import Interruption
 
 
 def spoil(monkeypatch, *calls):
@@ -144,6 +145,43 @@ def test_folder_of_something_else_is_refused(runs, tmp_path):
 def test_too_few_samples(runs, tmp_path):
     with pytest.raises(UsageError, match=r"22 clips an epoch, fewer than train\.batch_size = 32"):
         runs.here(tmp_path / "run", "train.batch_size=32")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_before_its_first_step_leaves_the_folder_free(runs, tmp_path, there):
+    if there:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="fewer than"):
+        runs.here(tmp_path / "run", "train.batch_size=32")
+    assert (tmp_path / "run").exists() == there
+    assert runs.here(tmp_path / "run", "train.steps=2").step == 2
+
+
+def test_a_signal_before_the_first_step_leaves_the_folder_free(runs, tmp_path):
+    def before(rank):
+        from diffmae_video.training.trainer import Trainer
+
+        def start(self, found):
+            raise Interruption("SIGTERM")
+
+        Trainer.start = start
+
+    assert runs.child(tmp_path / "run", before=before) == [99]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_an_interrupted_run_starts_again_is_a_stop(runs, kill_at, tmp_path):
+    def before(rank):
+        from diffmae_video.training.trainer import Trainer
+
+        def start(self, found):
+            raise Interruption("SIGTERM")
+
+        Trainer.start = start
+
+    assert runs.child(tmp_path / "run", before=kill_at(5, signal.SIGTERM)) == [75]
+    assert runs.child(tmp_path / "run", before=before) == [75]
+    assert runs.here(tmp_path / "run").step == 10
 
 
 def test_out_of_memory_names_the_setting(runs, tmp_path, monkeypatch):

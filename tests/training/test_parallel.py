@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -163,3 +165,24 @@ def test_missing_device_is_one_sentence():
         pytest.skip("there is a GPU")
     with pytest.raises(DiffmaeError, match="sees no CUDA device"):
         pick_device("cuda")
+
+
+def wait_for_a_signal(folder):
+    (folder / f"{os.environ['RANK']}.pid.part").write_text(str(os.getpid()))
+    (folder / f"{os.environ['RANK']}.pid.part").rename(folder / f"{os.environ['RANK']}.pid")
+    threading.Event().wait()
+
+
+def test_processes_leave_when_their_launcher_is_killed(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    launcher = context.Process(target=distributed.launch, args=(wait_for_a_signal, 2, tmp_path))
+    launcher.start()
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert launcher.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("*.pid")]
+    launcher.kill()
+    launcher.join()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []

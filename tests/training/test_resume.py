@@ -186,6 +186,16 @@ def test_finished_run_is_left_alone(runs, tmp_path):
         runs.here(tmp_path / "run", "train.steps=2", resume="never")
 
 
+def test_a_finished_run_goes_on_to_a_later_last_step(runs, tmp_path, capfd):
+    runs.here(tmp_path / "run", "train.steps=4")
+    result = runs.here(tmp_path / "run", "train.steps=10")
+    assert result.step == 10
+    assert "from step 4 of 10" in capfd.readouterr().out
+    assert [line["step"] for line in runs.metrics(tmp_path / "run") if "loss" in line][-1] == 10
+    assert runs.here(tmp_path / "run", "train.steps=10").step == 10
+    assert "nothing to do" in capfd.readouterr().out
+
+
 def test_other_settings_or_data_are_refused(runs, tmp_path):
     runs.here(tmp_path / "run", "train.steps=1")
     with pytest.raises(UsageError, match=r"train\.base_lr was"):
