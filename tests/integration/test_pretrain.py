@@ -12,11 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffmae_video.cli.train import register
+from diffmae_video.cli.app import app
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.errors import UsageError
@@ -44,8 +43,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture
 def run(workspace, monkeypatch):
     monkeypatch.setenv("DIFFMAE_WORKSPACE", str(workspace))
-    app = typer.Typer()
-    register(app)
 
     def command(*arguments: str, small: bool = True):
         words = [str(word) for word in arguments]
