@@ -71,11 +71,11 @@ def serve() -> None:
 
 def prepare(folder: Path) -> None:
     """Clips, shards, a model and a classifier that have seen a few steps."""
-    run = [sys.executable, "-m", "diffmae_video.cli.app"]
+    run = [sys.executable, "-c", "from diffmae_video.cli.app import main; main()"]
     few = ["--set", "train.steps=2"]
     for arguments in (
-        ["demo-data", "--out", "clips", "--train", "400", "--val", "160"],
-        ["shard", "clips", "--out", "shards"],
+        ["demo-data", "clips", "--train", "400", "--val", "160"],
+        ["shard", "clips", "shards"],
         ["pretrain", "--video", "--data", "shards", "--out", "model", *PRETRAIN, *QUICK, *few],
         *[["finetune", "--task", "demo", "--data", "shards", "--init", "model", "--out", "classifier", *FINETUNE]],
     ):

@@ -6,12 +6,18 @@ import copy
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffmae_video._version import __version__
@@ -144,8 +150,6 @@ def read_features(path: Path) -> Features:
     Raises:
         DataError: missing, or not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("features", "null"))
@@ -156,8 +160,6 @@ def read_features(path: Path) -> Features:
 
 
 def _fingerprint(path: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return None
     try:
@@ -169,10 +171,6 @@ def _fingerprint(path: Path) -> str | None:
 
 def _write(path: Path, store: Any, name: str, manifest: Manifest, split: str, fingerprint: str) -> None:
     """Write the rows of a finished pass in sample order, part by part: memory does not grow with the data set."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     samples, failed, _ = store.summary()
     table = manifest.samples(split)
     labels = table.label[samples].astype(np.int64)
@@ -186,33 +184,17 @@ def _write(path: Path, store: Any, name: str, manifest: Manifest, split: str, fi
         "views": name,
         "failed": {table.key(index): reason for index, reason in sorted(failed.items())},
     }
-    sizes = {"features": int(np.prod(shape)) * dtype.itemsize, "labels": labels.nbytes, "samples": 8 * len(samples)}
+    needed = 2 * int(np.prod(shape)) * dtype.itemsize + 16 * len(samples)  # rows come in any order: once to sort them
     free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-    if sum(sizes.values()) > free:
-        raise DiffmaeError(
-            f"{path} needs {sum(sizes.values()) / 2**30:.1f} GiB, {free / 2**30:.1f} are free; make room."
-        )
-    kinds = {"features": ("F16" if dtype == np.float16 else "F32", shape)}
-    kinds |= {"labels": ("I64", (len(samples),)), "samples": ("I64", (len(samples),))}
-    header: dict[str, Any] = {"__metadata__": {"features": json.dumps(facts)}}
-    offset = 0
-    for key, (kind, dims) in kinds.items():
-        header[key] = {"dtype": kind, "shape": list(dims), "data_offsets": [offset, offset + sizes[key]]}
-        offset += sizes[key]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary:
-        with open(temporary, "wb") as file:  # the safetensors layout: length, header, tensors
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
-        rows = np.memmap(temporary, dtype, "r+", 8 + len(text), shape)
+    if needed > free:
+        raise DiffmaeError(f"{path} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; make room.")
+    with replacing(path) as temporary, tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as scratch:
+        rows = np.lib.format.open_memmap(scratch.name, "w+", dtype, shape)  # on disk: it may not fit into memory
         for part, values in store.rows(name):
             rows[[place[sample] for sample in part]] = values.numpy()
-        rows.flush()
-        del rows
-        with open(temporary, "r+b") as file:
-            file.seek(8 + len(text) + sizes["features"])
-            file.write(labels.tobytes() + np.asarray(samples, np.int64).tobytes())
+        tensors = {"features": torch.from_numpy(rows), "labels": torch.from_numpy(labels)}
+        tensors["samples"] = torch.tensor(samples, dtype=torch.long)
+        save_file(tensors, temporary, {"features": json.dumps(facts)})
     classes = [manifest.classes[label] if label >= 0 else None for label in labels]
     columns = {"key": [table.key(index) for index in samples], "label": labels, "class": pa.array(classes, pa.string())}
     with replacing(path.with_suffix(".parquet")) as temporary:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import PIXEL_NORMS
@@ -32,11 +34,16 @@ def class_names(model: DiffMAE | Classifier) -> list[str]:
 
 def model_card(model: DiffMAE | Classifier, form: str, licence: str) -> str:
     """README.md of an export in the format `form`, with the front matter that model hubs read."""
-    info = model.info
-    lines = ["---", f"license: {licence}", f"library_name: {LIBRARIES[form]}"]
+    info, purpose = model.info, None
     if isinstance(model, Classifier) and model.num_classes:
-        lines.append(f"pipeline_tag: {'video' if model.encoder.shape[0] > 1 else 'image'}-classification")
-    lines += ["tags: [video, masked-autoencoder, diffusion]", "---", "", f"# {_title(model)}", ""]
+        purpose = f"{'video' if model.encoder.shape[0] > 1 else 'image'}-classification"
+    front = ModelCardData(
+        license=licence,
+        library_name=LIBRARIES[form],
+        pipeline_tag=purpose,
+        tags=["video", "masked-autoencoder", "diffusion"],
+    )
+    lines = ["---", front.to_yaml(), "---", "", f"# {_title(model)}", ""]
     lines += ["Made with diffmae-video, an independent implementation of Diffusion Models as Masked Autoencoders"]
     lines += ["(arXiv 2304.03283).", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _facts(model, form, licence).items()]

@@ -50,8 +50,8 @@ def test_what_a_card_says():
     card = model_card(classifier(), "safetensors", "cc-by-4.0")
     front, body = card.split("---\n", 2)[1:]
     assert front.splitlines()[:3] == [
-        "license: cc-by-4.0",
         "library_name: diffmae-video",
+        "license: cc-by-4.0",
         "pipeline_tag: video-classification",
     ]
     for line in (
