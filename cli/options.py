@@ -104,6 +104,13 @@ _SETTINGS = {"profile": "train.profile"}
 _KINDS = ("video", "image", "joint")
 
 
+def names_of(kind: str) -> list[str]:
+    """Names in a registry (`samplers`, `layouts`, ...), known without importing the parts, for metavars and help."""
+    from diffmae_video import registry
+
+    return getattr(registry, kind).names()
+
+
 def shares(*names: str) -> Callable[[Command], Command]:
     """Decorator of a command `f(..., **options)`: it also takes these shared options, for `job_of(options)`."""
 

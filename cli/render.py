@@ -17,6 +17,7 @@ from diffmae_video.cli.options import (
     ResumeOption,
     SeedOption,
     SetOption,
+    names_of,
 )
 
 
@@ -58,7 +59,9 @@ def render_inpaint(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option("--sampler", metavar="ddpm|ddim|dpm++", envvar="DIFFMAE_SAMPLER", help="How to denoise."),
+        typer.Option(
+            "--sampler", metavar="|".join(names_of("samplers")), envvar="DIFFMAE_SAMPLER", help="How to denoise."
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, envvar="DIFFMAE_STEPS", help="Denoising steps.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffmae_video.cli.options import DryRunOption, OverwriteOption
+from diffmae_video.cli.options import DryRunOption, OverwriteOption, names_of
 
 _Shards = Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of shards.")]
 
@@ -20,7 +20,12 @@ def shard(
         typer.Option("--dataset", envvar="DIFFMAE_DATASET", help="Name or TOML file of the data set; guessed."),
     ] = None,
     layout: Annotated[
-        str | None, typer.Option("--layout", envvar="DIFFMAE_LAYOUT", help="How the source is arranged; guessed.")
+        str | None,
+        typer.Option(
+            "--layout",
+            envvar="DIFFMAE_LAYOUT",
+            help=f"How the source is arranged: {', '.join(names_of('layouts'))}; guessed.",
+        ),
     ] = None,
     image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos.")] = False,
     copy: Annotated[

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from diffmae_video.models.importers import load_pretrained
     from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
     from diffmae_video.models.weights import load_model, save_model
+    from diffmae_video.pipelines.evaluate import evaluate
+    from diffmae_video.pipelines.finetune import finetune
+    from diffmae_video.pipelines.job import Job
+    from diffmae_video.pipelines.pretrain import pretrain
     from diffmae_video.rendering.inpaint import inpaint
 
 _MODULES = {
@@ -28,6 +32,10 @@ _MODULES = {
     "models.importers": ("load_pretrained",),
     "models.patches": ("denormalize_pixels", "normalize_pixels"),
     "models.weights": ("load_model", "save_model"),
+    "pipelines.evaluate": ("evaluate",),
+    "pipelines.finetune": ("finetune",),
+    "pipelines.job": ("Job",),
+    "pipelines.pretrain": ("pretrain",),
     "rendering.inpaint": ("inpaint",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -35,10 +43,13 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "Classifier",
     "DiffMAE",
+    "Job",
     "Mask",
     "Settings",
     "__version__",
     "denormalize_pixels",
+    "evaluate",
+    "finetune",
     "inpaint",
     "load_model",
     "load_pretrained",
@@ -46,6 +57,7 @@ __all__ = [
     "make_mask",
     "normalize_pixels",
     "parse_mask",
+    "pretrain",
     "save_model",
 ]
 
