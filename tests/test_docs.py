@@ -67,8 +67,10 @@ def _parse(words: list[str]) -> Any:
 def test_commands_parse(page: Path) -> None:
     for words in _commands(page):
         context = _parse(words)
-        for text in context.params.get("overrides") or context.params.get("set") or ():
-            load_settings("video-tiny", "pretrain", [text])
+        overrides = [parameter.name for parameter in context.command.params if "--set" in parameter.opts]
+        for name in overrides:
+            for text in context.params[name] or ():
+                load_settings("video-tiny", "pretrain", [text])
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=_id)
