@@ -22,6 +22,10 @@ class DataError(DiffmaeError):
     exit_code = 3
 
 
+class LimitError(DataError):
+    """The input is larger or longer than what is read; the bounds are `data.media.Limits`."""
+
+
 class StorageError(DataError):
     """A disk or a server does not answer; this says nothing about the data, and the same command may go on later."""
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffmae_video.data.listing import SPLITS
-from diffmae_video.data.manifest import MEDIA_SUFFIXES, ShardInfo, write_manifest
-from diffmae_video.data.media import DEFAULT_LIMITS
+from diffmae_video.data.manifest import ShardInfo, write_manifest
+from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES
 from diffmae_video.data.remote import filesystem, is_remote, join, write_file
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines.console import progress

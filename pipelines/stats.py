@@ -11,7 +11,8 @@ import numpy as np
 
 from diffmae_video.data.decode import read_clips
 from diffmae_video.data.images import read_image
-from diffmae_video.data.manifest import MEDIA_SUFFIXES, Manifest
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.media import MEDIA_SUFFIXES
 from diffmae_video.data.remote import write_file
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.errors import DataError

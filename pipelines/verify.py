@@ -6,7 +6,8 @@ import os
 import zlib
 from dataclasses import dataclass, field
 
-from diffmae_video.data.manifest import MEDIA_SUFFIXES, Manifest
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.media import MEDIA_SUFFIXES
 from diffmae_video.data.remote import filesystem, is_remote, join
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from diffmae_video.config import DataSettings
 from diffmae_video.data.datasets import is_directional
 from diffmae_video.data.decode import Video
-from diffmae_video.data.images import open_image
-from diffmae_video.data.manifest import MEDIA_SUFFIXES, Manifest
+from diffmae_video.data.images import open_image, to_rgb
+from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.media import MEDIA_SUFFIXES
 from diffmae_video.data.order import clip_seeds, mix
 from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
 from diffmae_video.data.shards import ShardReader
@@ -174,7 +175,7 @@ class ClipReader(Dataset):
             raise DataError(f"Sample {stored.key} is a .{stored.suffix}, which is never decoded.")
         columns = (self.table.frames, self.table.width, self.table.height)
         frames, width, height = (int(column[sample]) for column in columns)
-        known = bool(frames and width and height)
+        known = self.manifest.encoded and bool(frames and width and height)
         with Video(stored.data, known=known) as video:
             if not known:
                 info = video.info
@@ -195,10 +196,10 @@ class ClipReader(Dataset):
         return frames_by_stride(frames, self.plan.frames, self.data.stride, draws)
 
     def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         with open_image(data) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = to_rgb(image)
         clips, (rows, columns) = [], self.transform.size
         for generator in generators:
             left, top, width, height = self.transform.box(upright.width, upright.height, generator)

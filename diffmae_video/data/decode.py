@@ -21,10 +21,18 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
+from diffmae_video.data.display import PLAIN, Display, display_matrix, display_of
 from diffmae_video.data.media import DEFAULT_LIMITS, Limits, demuxer_of, read_bytes
-from diffmae_video.data.packets import PacketTable, Unusable, has_turned_track, is_unreferenced, nal_length
+from diffmae_video.data.packets import (
+    PacketTable,
+    Unusable,
+    has_orientation,
+    has_turned_track,
+    is_unreferenced,
+    nal_length,
+)
 from diffmae_video.data.paint import Box, Canvas
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, LimitError
 
 if TYPE_CHECKING:  # sharding workers probe without torch
     from torch import Tensor
@@ -34,7 +42,7 @@ Source = bytes | str | Path
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds; `width` and `height` are as displayed (rotation applied)."""
+    """What a video holds; `width` and `height` are as displayed: turned, in square pixels."""
 
     frames: int
     fps: float
@@ -42,7 +50,7 @@ class VideoInfo:
     height: int
     duration: float
     codec: str
-    rotation: int
+    display: Display
     has_audio: bool
     container: str
     pixel_format: str
@@ -65,8 +73,9 @@ class Video:
     Args:
         source: bytes, or the path of a local file.
         limits: bounds that are checked before frames are decoded.
-        known: the caller knows frame count and size (shards: from the manifest), so FFmpeg's look into the stream,
-            a tenth of the cost of a clip, is left out for MP4; `info` is then what the header declares.
+        known: frame count and size are known and frames are shown as they are stored (shards that `diffmae shard`
+            encoded): FFmpeg's look into the stream, a tenth of the cost of a clip, is left out for MP4, and `info` is
+            what the header declares.
 
     Raises:
         DataError: no video, no decodable video stream, or beyond the limits.
@@ -80,8 +89,8 @@ class Video:
         self.known = known and self.format == "mov"
         self._table: PacketTable | None = None
         self._counted: int | None = None
-        self._rotation: int | None = None
-        self._clock: tuple[int, int, Fraction | None] | None = None
+        self._display: Display | None = None
+        self._clock: tuple[int, int, bool, Fraction] | None = None
         self._dirty = False
         self.errors = 0
         """Packets that failed in the last pass of `decode_all`."""
@@ -109,10 +118,14 @@ class Video:
             raise DataError(f"{self.name} has no video stream that can be decoded; replace or remove it.")
         self.stream = streams[0]
         context = self.stream.codec_context
-        if context.width * context.height > self.limits.pixels or context.width * context.height == 0:
-            size = f"{context.width}x{context.height}"
+        if context.width * context.height == 0:
             self.close()
-            raise DataError(f"{self.name} has frames of {size}, beyond {self.limits.pixels} pixels; leave it out.")
+            raise DataError(f"{self.name} has frames without pixels; replace or remove it.")
+        try:
+            self.limits.check_size(f"A frame of {self.name}", context.width, context.height)
+        except LimitError:
+            self.close()
+            raise
         context.thread_count = 1
         context.thread_type = "NONE"
         self.codec = context
@@ -130,10 +143,7 @@ class Video:
     @property
     def info(self) -> VideoInfo:
         """Frame count, rate and size. The count is of presentable packets, or of decoded frames once they were."""
-        rotation = self.rotation
-        width, height = self.codec.width, self.codec.height
-        if rotation in (90, 270):
-            width, height = height, width
+        width, height = self.display.size(self.codec.width, self.codec.height)
         frames = self.frames
         rate = self.stream.average_rate or self.stream.guessed_rate
         fps = float(rate) if rate else 0.0
@@ -146,7 +156,7 @@ class Video:
             height,
             seconds,
             self.codec.name,
-            rotation,
+            self.display,
             has_audio,
             self.format,
             self.codec.pix_fmt or "",
@@ -165,19 +175,77 @@ class Video:
         return self._counted
 
     @property
-    def rotation(self) -> int:
-        """Clockwise turn that display needs, in degrees: 0, 90, 180 or 270 (the display matrix of the first frame)."""
-        if self._rotation is None:
-            if self.format not in ("mov", "matroska") or (self.format == "mov" and not has_turned_track(self.data)):
-                self._rotation = 0
-            else:
-                frame = next(iter(self.decode_all()), None)
-                self._rotation = -round(frame.rotation) % 360 if frame is not None else 0
-        return self._rotation
+    def display(self) -> Display:
+        """What is done to frames before they are shown.
+
+        Raises:
+            DataError: their colours cannot be read.
+        """
+        if self._display is None:
+            self._display = PLAIN
+            if not self.known:
+                matrix = None
+                if self._may_be_turned():
+                    frame = next(iter(self.decode_all()), None)
+                    matrix = display_matrix(frame) if frame is not None else None
+                self._display = display_of(self.stream, self.name, matrix)
+        return self._display
+
+    def _may_be_turned(self) -> bool:
+        """Whether a display matrix may come with the frames: from the container, or inside H.264 and HEVC."""
+        if self.format in ("mov", "matroska") and (self.format == "matroska" or has_turned_track(self.data)):
+            return True
+        if self.codec.name not in ("h264", "hevc"):
+            return False
+        if self.format != "mov":
+            return True
+        first = self.stream.index_entries[0] if len(self.stream.index_entries) else None
+        return first is None or has_orientation(self.data[first.pos : first.pos + first.size], self.codec.name)
+
+    @property
+    def counts_frames(self) -> bool:
+        """Whether the file has an order of frames but no times: raw streams, and AVI where frames are reordered."""
+        return self.format in ("h264", "mpegvideo") or (self.format == "avi" and bool(self.codec.has_b_frames))
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second as declared; 25 where nothing sensible is."""
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        return Fraction(rate) if rate and 0 < rate <= 1000 else Fraction(25)
+
+    def time(self, frame: av.VideoFrame, number: int) -> float:
+        """When frame `number` is shown, seconds; by the frame rate where the file has no times."""
+        if self._clock is None:
+            base = self.stream.time_base or Fraction(1, 1000)
+            self._clock = (base.numerator, base.denominator, self.counts_frames, self.rate)
+        numerator, denominator, counts, rate = self._clock
+        if frame.pts is not None and not counts:
+            return frame.pts * numerator / denominator
+        return float(number / rate)
 
     def decode_all(self) -> Iterator[av.VideoFrame]:
         """All frames in display order; a damaged packet costs its own frames only."""
         self._rewind()
+        yield from self._decode()
+
+    def decode_from(self, start: float) -> Iterator[av.VideoFrame]:
+        """Frames in display order from a key frame some seconds before `start` (seconds of the file's clock) on.
+
+        All frames where the file has no times to go by, or its index leads astray.
+        """
+        early = start - 3.0  # frames around a key frame may lack what they refer to
+        if early > 0 and self.format in ("mov", "matroska") and self.stream.time_base:
+            self._rewind()
+            self._seek(int(early / self.stream.time_base))
+            frames = self._decode()
+            first = next(frames, None)
+            if first is not None and first.pts is not None and self.time(first, 0) <= start:
+                yield first
+                yield from frames
+                return
+        yield from self.decode_all()
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
         count = self.errors = 0
         for packet in self._demux():
             try:
@@ -187,7 +255,7 @@ class Video:
             for frame in frames:
                 count += 1
                 if count > self.limits.frames:
-                    raise DataError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
+                    raise self._too_long()
                 yield frame
 
     def clips(
@@ -208,11 +276,11 @@ class Video:
         """
         import torch
 
-        canvas = Canvas(indices, crops or [None] * len(indices), size, self.rotation)
+        canvas = Canvas(indices, crops or [None] * len(indices), size, self.display)
         numbers = sorted(canvas.wanted)
         try:
             for number, frame in self.frames_at(numbers):
-                canvas.take(number, frame, self._time(frame, number))
+                canvas.take(number, frame, self.time(frame, number))
         except (FFmpegError, Unusable):
             canvas.missing = set(numbers)
         if canvas.missing:
@@ -237,14 +305,14 @@ class Video:
         last: tuple[int, av.VideoFrame] | None = None
         for number, frame in enumerate(self.decode_all()):
             last = (number, frame)
-            canvas.take(number, frame, self._time(frame, number))
+            canvas.take(number, frame, self.time(frame, number))
             if number >= numbers[-1]:
                 return
         if last is None:
             raise DataError(f"{self.name} has no frame that can be decoded; replace or remove it.")
         self._counted = last[0] + 1
         for number in sorted(canvas.missing):
-            canvas.take(*last, self._time(last[1], last[0]), stands_for=number)
+            canvas.take(*last, self.time(last[1], last[0]), stands_for=number)
 
     def _index(self) -> list[tuple[int, bool]] | None:
         """(dts, is key) of every packet, when decode order is display order and the container has them all."""
@@ -298,8 +366,7 @@ class Video:
                 if packet.size:
                     packets.append(packet)
                     if len(packets) > self.limits.frames:
-                        told = f"{self.name} has more than {self.limits.frames} frames"
-                        raise DataError(f"{told}; leave it out or cut it.")
+                        raise self._too_long()
             self._table = PacketTable(packets, self.codec.name)
         return self._table
 
@@ -339,21 +406,14 @@ class Video:
                         yield number, frame
             codec.flush_buffers()
 
-    def _time(self, frame: av.VideoFrame, number: int) -> float:
-        """When a frame is shown, seconds; by the frame rate where the file has no times (AVI has only an order)."""
-        if self._clock is None:
-            base, rate = self.stream.time_base, self.stream.average_rate or self.stream.guessed_rate
-            self._clock = (base.numerator, base.denominator, rate)
-        numerator, denominator, rate = self._clock
-        if frame.pts is not None and self.format != "avi":
-            return frame.pts * numerator / denominator
-        return float(number / rate) if rate else float("nan")
-
     def _demux(self) -> Iterator[av.Packet]:
         try:
             yield from self.container.demux(self.stream)
         except FFmpegError:  # a cut file ends here; what came before is good
             return
+
+    def _too_long(self) -> LimitError:
+        return LimitError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
 
     def _seek(self, timestamp: int) -> None:
         self.container.seek(timestamp, stream=self.stream, backward=True)
@@ -418,14 +478,13 @@ class VideoReader:
         self.info = self.video.info
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
-        reformatter = VideoReformatter()
-        turns = -self.video.rotation // 90
+        reformatter, display = VideoReformatter(), self.video.display
         first: tuple[int, int] | None = None
         for number, frame in enumerate(self.video.decode_all()):
-            first = first or (frame.width, frame.height)  # a stream may change size midway: keep the first
-            rgb = reformatter.reformat(frame, *first, format="rgb24", threads=1).to_ndarray()
-            pts = self.video._time(frame, number)
-            yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb, float(pts)
+            first = first or (frame.width, frame.height)
+            if (frame.width, frame.height) != first:  # a stream may change size midway: keep the first
+                frame = VideoReformatter().reformat(frame, *first, threads=1)
+            yield display.rgb(frame, reformatter), self.video.time(frame, number)
 
     def close(self) -> None:
         """Release the decoder."""

@@ -21,8 +21,6 @@ from diffmae_video.errors import DataError
 MANIFEST = "manifest.json"
 TABLE = "samples.parquet"
 FORMAT_VERSION = 1
-MEDIA_SUFFIXES = {"video": ("mp4", "webm", "mkv", "avi", "mov"), "image": ("jpg", "jpeg", "png", "webp", "bmp", "tif")}
-"""Members that are ever decoded; every other suffix but `json` is ignored."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,12 @@ class Manifest:
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{join(root, MANIFEST)} lacks {error}; make it again.") from error
+
+    @property
+    def encoded(self) -> bool:
+        """Whether `diffmae shard` encoded the media itself: frames are shown as they are stored, counts are exact."""
+        options = self.facts.get("options")
+        return isinstance(options, dict) and options.get("copy") is False
 
     def samples(self, split: str) -> SampleTable:
         """The table of one split.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from diffmae_video.errors import DataError, StorageError
+from diffmae_video.errors import DataError, LimitError, StorageError
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,25 @@ class Limits:
 
     pixels: int = 8192 * 4608
     """Width times height of a frame or image."""
-    frames: int = 100_000
+    frames: int = 1_000_000
     """Frames of a video."""
     seconds: float = 4 * 3600.0
-    """Declared duration of a video (sharding only; a declared duration may lie)."""
+    """Duration of what becomes one sample (sharding only)."""
     bytes: int = 4 << 30
     """Size of a file or of a member of a tar."""
+    aspect: float = 32.0
+    """Longer by shorter side: what is scaled to a short side grows by this."""
+
+    def check_size(self, name: str, width: int, height: int) -> None:
+        """Refuse frames or images that are too large or too long.
+
+        Raises:
+            LimitError: they are.
+        """
+        if width * height > self.pixels:
+            raise LimitError(f"{name} has {width}x{height} pixels, beyond the limit of {self.pixels}; leave it out.")
+        if max(width, height) > self.aspect * min(width, height):
+            raise LimitError(f"{name} is {width}x{height}, longer than {self.aspect:g}:1; leave it out or cut it.")
 
 
 DEFAULT_LIMITS = Limits()
@@ -50,6 +63,9 @@ VIDEO_FORMATS = {
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow readers that may be opened."""
+
+MEDIA_SUFFIXES = {"video": ("mp4", "webm", "mkv", "avi", "mov"), "image": ("jpg", "jpeg", "png", "webp", "bmp", "tif")}
+"""Members that are ever decoded; every other suffix but `json` is ignored."""
 
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp", b"moof", b"sidx")
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -122,13 +138,13 @@ def read_bytes(source: bytes | memoryview | str | Path, limits: Limits = DEFAULT
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) > limits.bytes:
-            raise DataError(f"The file has {len(source)} bytes, above the limit of {limits.bytes}; leave it out.")
+            raise LimitError(f"The file has {len(source)} bytes, above the limit of {limits.bytes}; leave it out.")
         return source if isinstance(source, bytes) else bytes(source)
     try:
         with _open_plain(source) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limits.bytes:
-                raise DataError(f"{source} has {size} bytes, above the limit of {limits.bytes}; leave it out.")
+                raise LimitError(f"{source} has {size} bytes, above the limit of {limits.bytes}; leave it out.")
             return file.read(size or 1 << 20)  # files below /proc say 0
     except OSError as error:
         raise access_error(str(source), error) from error

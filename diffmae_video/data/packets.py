@@ -52,6 +52,28 @@ def is_unreferenced(packet: av.Packet, length: int) -> bool:
     return False
 
 
+def has_orientation(data: bytes, codec: str) -> bool:
+    """Whether the first packet of an MP4 holds a display orientation message (SEI 47; ITU-T H.264, D.1, H.265, D.2).
+
+    NAL units are taken to have lengths of four bytes; with others the answer is no, as it nearly always is.
+    """
+    position = 0
+    while position + 6 < len(data):
+        size, header = int.from_bytes(data[position : position + 4], "big"), data[position + 4]
+        body = position + 5 if codec == "h264" else position + 6
+        if (header & 0x1F == 6) if codec == "h264" else (header >> 1 & 0x3F in (39, 40)):
+            end = min(position + 4 + size, len(data))
+            while body + 2 < end:  # messages of one unit: type, size, payload
+                kind, length = data[body], data[body + 1]
+                if kind == 47:
+                    return True
+                if 255 in (kind, length):
+                    break
+                body += 2 + length
+        position += 4 + size
+    return False
+
+
 def _is_hidden_vp8(packet: av.Packet) -> bool:
     """VP8 keeps frames that are only referred to in packets of their own (RFC 6386, 9.1: show_frame)."""
     return packet.size > 0 and not memoryview(packet)[0] & 0x10

@@ -9,6 +9,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from diffmae_video.data.display import Display
+
 Box = tuple[int, int, int, int]
 """A crop in pixels of the displayed frame: left, top, width, height."""
 
@@ -20,7 +22,7 @@ class Canvas:
         indices: frame numbers of each clip, in any order, repeats allowed.
         crops: a box for each clip, or None for whole frames.
         size: height and width to scale each crop to; None keeps the crop's own.
-        rotation: clockwise turn that display needs, degrees.
+        display: what is done to frames before they are shown.
     """
 
     def __init__(
@@ -28,14 +30,14 @@ class Canvas:
         indices: Sequence[Sequence[int]],
         crops: Sequence[Box | None],
         size: tuple[int, int] | None,
-        rotation: int,
+        display: Display,
     ):
         self.lengths = [len(numbers) for numbers in indices]
         self.wanted: dict[int, list[tuple[int, int]]] = {}  # frame -> places (clip, slot)
         for clip, numbers in enumerate(indices):
             for slot, number in enumerate(numbers):
                 self.wanted.setdefault(int(number), []).append((clip, slot))
-        self.painters = [Painter(crop, size, rotation) for crop in crops]
+        self.painters = [Painter(crop, size, display) for crop in crops]
         self.frames: list[np.ndarray | None] = [None] * len(indices)
         if size and len(set(self.lengths)) == 1:  # one block: many large arrays would be mapped anew for every video
             self.frames = list(np.empty((len(indices), self.lengths[0], 3, *size), np.uint8))  # (clips, T, C, H, W)
@@ -54,17 +56,15 @@ class Canvas:
 class Painter:
     """Crop, scale and convert the frames of one clip to planar RGB, in one swscale context for all of them."""
 
-    def __init__(self, crop: Box | None, size: tuple[int, int] | None, rotation: int):
-        self.crop, self.size, self.rotation = crop, size, rotation
-        self.reformatter = VideoReformatter()
+    def __init__(self, crop: Box | None, size: tuple[int, int] | None, display: Display):
+        self.crop, self.size, self.display = crop, size, display
+        self.reformatter, self.rare = VideoReformatter(), VideoReformatter()
         self.graph, self.graph_key = None, None
 
     def paint(self, frame: av.VideoFrame, out: np.ndarray | None, length: int, slot: int) -> np.ndarray:
         """Write a frame into `out[slot]`; without `out`, make the array of `length` frames first."""
-        if self.rotation:  # rare: shards hold upright frames
-            pixels = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            upright = np.ascontiguousarray(np.rot90(pixels, -self.rotation // 90))
-            frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
+        if not self.display.plain:  # rare: shards hold frames as they are shown
+            frame = av.VideoFrame.from_ndarray(self.display.rgb(frame, self.rare), format="rgb24")
         left, top, width, height = self.crop or (0, 0, frame.width, frame.height)
         if self.crop and (left < 0 or top < 0 or left + width > frame.width or top + height > frame.height):
             raise ValueError(f"crop {self.crop} does not fit a frame of {frame.width}x{frame.height}")

@@ -6,13 +6,22 @@ Nothing here imports torch: a worker (worker_process.py) starts in a fraction of
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffmae_video.data.media import DEFAULT_LIMITS, Limits
-from diffmae_video.errors import DataError
+import av
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from diffmae_video.data.display import BT709, LIMITED, Display, matrix_to_keep
+from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES, Limits
+from diffmae_video.errors import DataError, LimitError
+
+if TYPE_CHECKING:
+    from diffmae_video.data.decode import Video
 
 
 @dataclass(frozen=True)
@@ -88,90 +97,135 @@ def _copy(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:
 
 
 def _encode(data: bytes, options: TranscodeOptions, span: tuple[float, float] | None) -> tuple[bytes, str, dict]:
-    import av
-
     from diffmae_video.data.decode import Video
 
+    span = span if options.trim else None
     with Video(data, options.limits) as video:
-        seconds = video.stream.duration and float(video.stream.duration * video.stream.time_base)
-        if seconds and seconds > options.limits.seconds and not video.frames < options.limits.frames:
-            raise DataError(f"The video lasts {seconds:.0f} s, above the limit; cut it with --trim.")
-        frames = _upright(video)
-        if options.trim and span:
-            frames = _within(frames, *span)
-        rate = video.stream.average_rate or video.stream.guessed_rate or Fraction(25)
-        rate = rate if 0 < rate <= 1000 else Fraction(25)
+        _check_length(video, span, options.limits.seconds)
+        frames = _shown(video, span)
+        rate = video.rate
         if options.fps:
             rate = Fraction(options.fps).limit_denominator(1001)
             frames = _resampled(frames, rate)
-        sink, count, size, end = io.BytesIO(), 0, (0, 0), 0.0
-        out = av.open(sink, "w", format="mp4", container_options={"fflags": "+bitexact"})
+        sink, count, end = io.BytesIO(), 0, 0.0
+        encoder = _Encoder(sink, video.display, rate, options)
         try:
-            stream = None
             for frame, time in frames:
-                if stream is None:
-                    size = even_size(frame.width, frame.height, options.short_side)
-                    stream = _add_stream(out, size, rate, options)
-                    reformatter, base, stamp = av.video.reformatter.VideoReformatter(), Fraction(1, 90_000), -1
-                scaled = reformatter.reformat(frame, *size, format="yuv420p", interpolation="BICUBIC", threads=1)
-                scaled.pict_type = 0  # the encoder places the key frames
-                scaled.time_base = base
-                stamp = scaled.pts = max(stamp + 1, round(time / base))
-                out.mux(stream.encode(scaled))
-                count += 1
-                end = time
-            if stream is None and options.trim and span:
+                if time > options.limits.seconds:
+                    raise _too_long(time, options.limits.seconds)
+                encoder.add(frame, time)
+                count, end = count + 1, time
+            if not count and span:
                 raise DataError(f"No frame lies between {span[0]:g} and {span[1]:g} s; is the file cut already?")
-            if stream is None:
+            if not count:
                 raise DataError("The video has no frame that can be decoded; replace or remove it.")
-            out.mux(stream.encode())
         finally:
-            out.close()
+            encoder.close()
+        errors = video.errors
     _enough(count, options)
     fps = float(rate) if count < 2 or end <= 0 else (count - 1) / end
-    meta: dict[str, Any] = {"frames": count, "fps": round(fps, 4), "width": size[0], "height": size[1]}
-    if video.errors:
-        meta["decode_errors"] = video.errors
-    return sink.getvalue(), "mp4", meta
+    width, height = encoder.size
+    meta: dict[str, Any] = {"frames": count, "fps": round(fps, 4), "width": width, "height": height}
+    return sink.getvalue(), "mp4", meta | ({"decode_errors": errors} if errors else {})
 
 
-def _add_stream(out: Any, size: tuple[int, int], rate: Fraction, options: TranscodeOptions) -> Any:
-    settings = {"crf": str(options.crf), "preset": options.preset, "g": str(options.gop), "bf": str(options.b_frames)}
-    settings |= {"keyint_min": str(options.gop), "sc_threshold": "0"}
-    if options.tune:
-        settings["tune"] = options.tune
-    fixed = ["b-adapt=0", "b-pyramid=none"] if options.b_frames else []
-    settings["x264-params"] = ":".join([*fixed, *filter(None, [options.x264])])
-    stream = out.add_stream("libx264", rate=rate, options=settings)
-    stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-    stream.codec_context.time_base = Fraction(1, 90_000)
-    stream.codec_context.thread_count = 1  # one worker a core; the bytes do not depend on the machine
-    return stream
+class _Encoder:
+    """H.264 in MP4, square pixels, upright, in limited range; the matrix of the source is kept and named."""
+
+    def __init__(self, sink: io.BytesIO, display: Display, rate: Fraction, options: TranscodeOptions):
+        self.display, self.rate, self.options = display, rate, options
+        self.redrawn = display.turned or bool(display.transfer)  # through RGB; else swscale does all in one go
+        self.out = av.open(sink, "w", format="mp4", container_options={"fflags": "+bitexact"})
+        self.stream: av.VideoStream | None = None
+        self.size, self.matrix, self.stamp = (0, 0), BT709, -1
+        self.scaler, self.drawer = VideoReformatter(), VideoReformatter()
+
+    def add(self, frame: av.VideoFrame, time: float) -> None:
+        """Scale and encode a frame that is shown at `time`, seconds."""
+        if self.stream is None:
+            self.size = even_size(*self.display.size(frame.width, frame.height), self.options.short_side)
+            self.stream = self._add_stream(frame)
+        if self.redrawn:
+            rgb = self.display._replace(aspect=Fraction(1)).rgb(frame, self.drawer)
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+        colours = {"dst_colorspace": _SWSCALE[self.matrix], "dst_color_range": ColorRange.MPEG}
+        scaled = self.scaler.reformat(frame, *self.size, "yuv420p", interpolation="BICUBIC", threads=1, **colours)
+        scaled.pict_type = 0  # the encoder places the key frames
+        scaled.time_base = _CLOCK
+        self.stamp = scaled.pts = max(self.stamp + 1, round(time / _CLOCK))
+        self.out.mux(self.stream.encode(scaled))
+
+    def close(self) -> None:
+        """Write what the encoder still holds, and the index."""
+        try:
+            if self.stream is not None:
+                self.out.mux(self.stream.encode())
+        finally:
+            self.out.close()
+
+    def _add_stream(self, frame: av.VideoFrame) -> av.VideoStream:
+        options = self.options
+        settings = {"crf": str(options.crf), "preset": options.preset, "g": str(options.gop)}
+        settings |= {"bf": str(options.b_frames), "keyint_min": str(options.gop), "sc_threshold": "0"}
+        if options.tune:
+            settings["tune"] = options.tune
+        fixed = ["b-adapt=0", "b-pyramid=none"] if options.b_frames else []
+        settings["x264-params"] = ":".join([*fixed, *filter(None, [options.x264])])
+        stream = self.out.add_stream("libx264", rate=self.rate, options=settings)
+        stream.width, stream.height, stream.pix_fmt = *self.size, "yuv420p"
+        context = stream.codec_context
+        context.time_base = _CLOCK
+        context.thread_count = 1  # one worker a core; the bytes do not depend on the machine
+        self.matrix = BT709 if self.redrawn else matrix_to_keep(frame)
+        primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
+        if self.display.transfer:
+            primaries = transfer = BT709
+        context.colorspace, context.color_range = self.matrix, LIMITED
+        context.color_primaries = primaries if primaries in _PRIMARIES else _UNKNOWN
+        context.color_trc = transfer if transfer in _TRANSFERS else _UNKNOWN
+        return stream
 
 
-def _upright(video: Any) -> Iterator[tuple[Any, float]]:
-    """Frames with display times from 0, strictly rising; rotated ones are turned."""
-    import av
-    import numpy as np
+_CLOCK = Fraction(1, 90_000)
+_SWSCALE = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601} | {
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+}
+_PRIMARIES, _TRANSFERS, _UNKNOWN = {1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 22}, {1, *range(4, 19)}, 2
 
-    rate = video.stream.average_rate or video.stream.guessed_rate or 25
-    turns = video.rotation // 90
-    first, last = None, -1.0
-    for number, frame in enumerate(video.decode_all()):
-        time = frame.time if frame.pts is not None else None
-        first = time if first is None and time is not None else first
-        time = time - first if time is not None else number / float(rate)
+
+def _check_length(video: Video, span: tuple[float, float] | None, most: float) -> None:
+    """Refuse what would be too long before it is decoded; a declared duration may lie, so frames have to agree."""
+    if span:
+        seconds = span[1] - span[0]
+        if seconds > most:
+            raise _too_long(seconds, most)
+    elif video.stream.duration and video.stream.time_base:
+        seconds = float(video.stream.duration * video.stream.time_base)
+        if seconds > most and video.frames > most:  # more than one frame a second
+            raise _too_long(seconds, most)
+
+
+def _too_long(seconds: float, most: float) -> LimitError:
+    return LimitError(f"It lasts {seconds:.0f} s or more, above the limit of {most:.0f} s for one sample; cut it.")
+
+
+def _shown(video: Video, span: tuple[float, float] | None) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames with the times at which they are shown, from 0 and strictly rising; of a span, those that lie in it."""
+    source = video.decode_all()
+    head = next(source, None)
+    if head is None:
+        return
+    origin, least = video.time(head, 0), 1 / float(video.rate)
+    seeks = span is not None and span[0] > 10
+    source = video.decode_from(origin + span[0]) if seeks else itertools.chain([head], source)
+    start, end = span or (0.0, math.inf)
+    last = -math.inf
+    for number, frame in enumerate(source):
+        time = video.time(frame, number) - origin
         if time <= last:
-            time = last + 1 / max(1.0, min(1000.0, float(rate)))
+            time = last + least
         last = time
-        if turns:
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), -turns)
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        yield frame, time
-
-
-def _within(frames: Iterator[tuple[Any, float]], start: float, end: float) -> Iterator[tuple[Any, float]]:
-    for frame, time in frames:
         if time >= end:
             return
         if time >= start:
@@ -192,26 +246,27 @@ def _resampled(frames: Iterator[tuple[Any, float]], rate: Fraction) -> Iterator[
 
 
 def _image(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    from diffmae_video.data.images import open_image
+    from diffmae_video.data.images import open_image, to_rgb
 
     with open_image(data, options.limits) as image:
-        image.load()
-        small = min(image.size) <= options.short_side
-        plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-        if options.copy or (small and plain):
-            upright = ImageOps.exif_transpose(image)
-            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(image.format, image.format.lower())
-            return data, suffix, {"frames": 1, "fps": 0.0, "width": upright.width, "height": upright.height}
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        scale = min(1.0, options.short_side / min(upright.size))
-        size = tuple(max(1, round(side * scale)) for side in upright.size)
-        if size != upright.size:
-            upright = upright.resize(size, Image.Resampling.BICUBIC)
-        sink = io.BytesIO()
-        upright.save(sink, "JPEG", quality=options.quality)
-        return sink.getvalue(), "jpg", {"frames": 1, "fps": 0.0, "width": size[0], "height": size[1]}
+        kind, plain = image.format or "", image.format == "JPEG" and image.mode == "RGB"
+        plain = plain and image.getexif().get(0x0112, 1) == 1 and min(image.size) <= options.short_side
+        upright = to_rgb(image)  # also tells whether it can be decoded
+    facts = {"frames": 1, "fps": 0.0, "width": upright.width, "height": upright.height}
+    suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
+    if options.copy and suffix not in MEDIA_SUFFIXES["image"]:
+        raise DataError(f"--copy keeps {', '.join(MEDIA_SUFFIXES['image'])}, not {suffix}; leave --copy out.")
+    if options.copy or plain:
+        return data, suffix, facts
+    scale = min(1.0, options.short_side / min(upright.size))
+    width, height = (max(1, round(side * scale)) for side in upright.size)
+    if (width, height) != upright.size:
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    sink = io.BytesIO()
+    upright.save(sink, "JPEG", quality=options.quality)
+    return sink.getvalue(), "jpg", facts | {"width": width, "height": height}
 
 
 def _enough(frames: int, options: TranscodeOptions) -> None:

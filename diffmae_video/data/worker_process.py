@@ -14,7 +14,7 @@ from typing import IO, Any
 from diffmae_video.data.media import read_bytes, sniff
 from diffmae_video.data.remote import is_remote, read_file
 from diffmae_video.data.transcode import options_from_json, transcode
-from diffmae_video.errors import DataError, StorageError
+from diffmae_video.errors import DataError, LimitError, StorageError
 
 MEMORY = "DIFFMAE_WORKER_MEMORY"
 """Environment variable: bytes of address space that a worker may take."""
@@ -78,6 +78,8 @@ def answer(stream: IO[bytes], body: dict[str, Any], given: bytes) -> None:
         return
     except StorageError as error:
         kind, told = "storage", str(error)
+    except LimitError as error:
+        kind, told = "limit", f"{error} `diffmae shard --limit` raises limits."
     except DataError as error:
         kind = "unreadable" if data is None or sniff(data[:1024]) else "not media"
         told = str(error)

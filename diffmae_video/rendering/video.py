@@ -22,13 +22,14 @@ from av.video.reformatter import VideoReformatter
 
 from diffmae_video.data.decode import Video
 from diffmae_video.data.images import read_image
-from diffmae_video.data.media import sniff
+from diffmae_video.data.media import Limits, read_head, sniff
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.files import replacing, sync_path
 from diffmae_video.rendering.masks import list_images
 
 BT709 = 1  # ISO 23091-2 code points of colour primaries, transfer and matrix; also FFmpeg's numbers
 NARROW_RANGE = 1
+_ANY_LENGTH = 1 << 31  # frames; they are read one at a time
 COPIED_IN_MP4 = ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac")
 
 
@@ -50,6 +51,7 @@ class VideoSource:
         fps: frames a second.
         time_base: seconds per unit of time.
         kind: `video`, `image` or `folder`.
+        pixel_aspect: width of a displayed pixel by its height; frames keep the grid of pixels that the file has.
 
     Raises:
         DataError: the file is none of these, or damaged beyond use.
@@ -57,18 +59,13 @@ class VideoSource:
 
     def __init__(self, path: Path | str, fps: float = 24.0) -> None:
         self.path = Path(path)
-        self.rotation = 0
+        self.pixel_aspect = Fraction(1)
         self.video: Video | None = None
         if self.path.is_dir():
             self._open_images(list_images(self.path), Fraction(fps).limit_denominator(1001))
             self.kind = "folder"
             return
-        try:
-            with open(self.path, "rb") as file:
-                head = file.read(1024)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read ({error.strerror}); check the path.") from error
-        if (sniff(head) or "").startswith("image:"):
+        if (sniff(read_head(self.path)) or "").startswith("image:"):
             self._open_images([self.path], Fraction(1))
             self.kind = "image"
             return
@@ -88,17 +85,15 @@ class VideoSource:
         self.has_audio = False
 
     def _open_video(self) -> None:
-        self.video = Video(self.path)
+        self.video = Video(self.path, Limits(frames=_ANY_LENGTH))
         info = self.video.info
-        self.rotation, self.frames = info.rotation, info.frames
-        self.height, self.width = info.height, info.width
-        stream = self.video.stream
-        self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        if not 0 < self.fps <= 1000:
-            self.fps = Fraction(25)
-        # AVI and raw streams have frames, not times; what the demuxer makes up for B-frames is not in order
-        self.counted = info.container in ("avi", "h264", "mpegvideo")
-        self.time_base = 1 / self.fps if self.counted else Fraction(stream.time_base)
+        self.frames = info.frames
+        self.display = info.display._replace(aspect=Fraction(1))
+        self.pixel_aspect = 1 / info.display.aspect if self.display.transpose else info.display.aspect
+        stream, codec = self.video.stream, self.video.codec
+        self.width, self.height = self.display.size(codec.width, codec.height)
+        self.fps, self.counted = self.video.rate, self.video.counts_frames
+        self.time_base = 1 / self.fps if self.counted else Fraction(stream.time_base or Fraction(1, 1000))
         self.has_audio = info.has_audio
         if self.frames == 0 or next(iter(self.video.decode_all()), None) is None:
             self.close()
@@ -117,8 +112,8 @@ class VideoSource:
 
     def _frames(self) -> Iterator[SourceFrame]:
         assert self.video is not None
-        reformatter, turns = VideoReformatter(), -self.video.rotation // 90
-        coded = (self.height, self.width) if turns % 2 else (self.width, self.height)
+        reformatter = VideoReformatter()
+        coded = (self.height, self.width) if self.display.transpose else (self.width, self.height)
         last, nominal = -1, max(1, round(1 / self.fps / self.time_base))
         origin: int | None = None
         for number, frame in enumerate(self.video.decode_all()):
@@ -129,8 +124,9 @@ class VideoSource:
                 origin = self._origin(pts)
             pts = max(pts - origin, last + 1)
             last = pts
-            rgb = reformatter.reformat(frame, *coded, format="rgb24", threads=1).to_ndarray()
-            yield SourceFrame(np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb, pts)
+            if (frame.width, frame.height) != coded:  # a stream may change size midway: keep the first
+                frame = VideoReformatter().reformat(frame, *coded, threads=1)
+            yield SourceFrame(self.display.rgb(frame, reformatter), pts)
 
     def _origin(self, first: int) -> int:
         """Start of the presentation: the first frame, or the sound where it begins earlier (but not before 0)."""
@@ -177,7 +173,7 @@ class VideoWriter:
         fps: nominal frame rate.
         codec: `h264` or `ffv1`; FFV1 keeps RGB bit for bit, and Matroska rounds times to milliseconds.
         crf: H.264 quality.
-        source: a source whose audio is copied beside.
+        source: a source whose audio is copied beside, and whose pixels' aspect is kept.
     """
 
     def __init__(
@@ -207,6 +203,8 @@ class VideoWriter:
         self.time_base = time_base  # Matroska rounds to milliseconds
         context = self.stream.codec_context
         self.stream.width, self.stream.height = width, height
+        if source is not None and source.pixel_aspect != 1:
+            context.sample_aspect_ratio = source.pixel_aspect
         even = height % 2 == 0 and width % 2 == 0
         self.format = "bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p"
         self.stream.pix_fmt = self.format
