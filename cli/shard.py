@@ -68,12 +68,21 @@ def shard(
     clip_gib: Annotated[
         float, typer.Option("--clip-gib", min=0.5, envvar="DIFFMAE_CLIP_GIB", help="Memory limit of an input, GiB.")
     ] = 6.0,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            metavar="NAME=NUMBER",
+            envvar="DIFFMAE_LIMIT",
+            help="Another bound on an input: pixels, frames, seconds, bytes, aspect.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Turn a folder of clips or images into shards. Example: diffmae shard kinetics/ shards/"""
     from diffmae_video.data.transcode import TranscodeOptions
-    from diffmae_video.pipelines.shard import ShardJob, shard_and_record
+    from diffmae_video.pipelines.shard import ShardJob, parse_limits, shard_and_record
 
     options = TranscodeOptions(
         kind="image" if image else "video",
@@ -86,6 +95,7 @@ def shard(
         gop=gop,
         b_frames=b_frames,
         min_frames=min_frames,
+        limits=parse_limits(limit or ()),
     )
     job = ShardJob(
         source,

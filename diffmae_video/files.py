@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from diffmae_video.errors import DataError, DiffmaeError
 
 
 @contextmanager
@@ -33,6 +36,22 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
     """Write a file in one step: readers see the old one or the new one, never half of it. Text becomes UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_name(name: object, what: str, error: type[DiffmaeError] = DataError) -> str:
+    """A name that somebody else chose and that becomes part of a path: one plain word, of which nothing can be made
+    but a file in the folder it is meant for.
+
+    Args:
+        name: letters, digits, `_`, `-` and dots, not at the start.
+        what: what it names, for the message, e.g. `the split of a manifest`.
+
+    Raises:
+        DiffmaeError: of the kind `error`: it is no such name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}", name):
+        raise error(f"{what} is no plain name: {name!r:.80}; use letters, digits, _ and -.")
+    return name
 
 
 def sync_path(path: Path | str) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from diffmae_video.data.listing import SPLITS
+from diffmae_video.data.annotations import MOST_CLASSES, numeric_classes
+from diffmae_video.data.listing import SPLITS, printable
 from diffmae_video.data.manifest import ShardInfo, write_manifest
-from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES
-from diffmae_video.data.remote import filesystem, is_remote, join, write_file
-from diffmae_video.errors import DataError
+from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES, access_error
+from diffmae_video.data.remote import filesystem, is_remote, join, retry, write_file
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import check_name
 from diffmae_video.pipelines.console import progress
 
 _META_BYTES = 1 << 20
@@ -47,13 +51,16 @@ def index(folder: str, *, dataset: str | None = None, split: str | None = None) 
     Raises:
         DataError: no tars, or no usable sample in them.
     """
+    if split is not None:
+        check_name(split, f"--split {split}", UsageError)
     names = sorted(_tars(folder))
     if not names:
         raise DataError(f"{folder} holds no .tar files; give the folder of the shards.")
     shards, rejected = [], []
     with progress(len(names), "index", "shards") as line:
         for name in names:
-            info, rows, bad = read_tar(join(folder, name), name, split or _split(name))
+            path, chosen = join(folder, name), split or _split(name)
+            info, rows, bad = retry(partial(read_tar, path, name, chosen), f"Reading {path}")
             rejected += bad
             if rows:
                 shards.append((info, rows))
@@ -102,11 +109,14 @@ def read_tar(path: str, name: str, split: str) -> tuple[ShardInfo, list[dict[str
                 rows.append(_row(file, current, group, size))
             except DataError as error:
                 reason = str(error).split(":")[0]
-                rejected.append({"path": f"{name}/{current}", "split": split, "reason": reason, "detail": str(error)})
+                rejected.append(
+                    {"path": printable(f"{name}/{current}"), "split": split, "reason": reason, "detail": str(error)}
+                )
 
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                     if member.isdir():
                         continue
                     base = posixpath.basename(member.name)
@@ -119,8 +129,12 @@ def read_tar(path: str, name: str, split: str) -> tuple[ShardInfo, list[dict[str
                         group["!"] = (0, 0)
                     else:
                         group[suffix.lower()] = (member.offset_data, member.size)
-                    tar.members = []  # tarfile keeps every header otherwise
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                file.seek(tar.offset)
+                if any(file.read(512)):  # tarfile ends quietly at a header that is none
+                    raise tarfile.ReadError(f"no header at {tar.offset}")
+        except OSError as error:
+            raise access_error(path, error) from error
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             rejected.append({"path": name, "split": split, "reason": "cut", "detail": f"{error}"})
         finish()
         file.seek(0)
@@ -130,10 +144,33 @@ def read_tar(path: str, name: str, split: str) -> tuple[ShardInfo, list[dict[str
     return ShardInfo(name, split, size, digest.hexdigest(), len(rows)), rows, rejected
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose long names and extensions are bounded: tarfile takes memory for whatever size they claim."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _META_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: Any) -> None:
+        next.sparse = []  # type: ignore[attr-defined]  # never read: the map may be as large as it likes
+
+
+_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+_EXTENDED |= {tarfile.SOLARIS_XHDTYPE}
+
+
 def _row(file: Any, key: str, group: dict[str, tuple[int, int]], end: int) -> dict[str, Any]:
     if "!" in group:
         raise DataError("not a file: a link, device, sparse or doubled member")
-    media = [suffix for suffix in group if suffix in MEDIA_SUFFIXES["video"] + MEDIA_SUFFIXES["image"]]
+    known = MEDIA_SUFFIXES["video"] + MEDIA_SUFFIXES["image"]
+    media = [suffix for suffix in group if suffix in known]
+    dotted = [suffix for suffix in group if "." in suffix and suffix.rpartition(".")[2] in known]
+    if not media and dotted:
+        raise DataError(
+            f"dots: WebDataset takes all after the first dot of a name for its kind, here {dotted[0]!r}; name the "
+            "files without other dots"
+        )
     if len(media) != 1:
         raise DataError(f"incomplete: {len(media)} media members among {sorted(group)}")
     if any(offset + size > end for offset, size in group.values()):
@@ -149,15 +186,17 @@ def _row(file: Any, key: str, group: dict[str, tuple[int, int]], end: int) -> di
         text = file.read(meta_size)
         try:
             meta = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError("json: the JSON member is damaged") from None
         meta = meta if isinstance(meta, dict) else {}
     elif "json" in group:
         meta_offset, meta_size = -1, 0
-    label = meta.get("class", meta.get("label"))
+    label = meta.get("class")
+    label = meta.get("label") if label is None else label
     if "cls" in group and group["cls"][1] <= 256:
         file.seek(group["cls"][0])
         label = file.read(group["cls"][1]).decode("utf-8", errors="replace").strip()
+    name = _label_name(label)
     file.seek(offset)
     crc, left = 0, size
     while left:
@@ -167,7 +206,7 @@ def _row(file: Any, key: str, group: dict[str, tuple[int, int]], end: int) -> di
         crc, left = zlib.crc32(block, crc), left - len(block)
     row = {name: value for name in ("frames", "width", "height") if (value := _whole(meta.get(name)))}
     return row | {
-        "key": key,
+        "key": printable(key),
         "suffix": media[0],
         "offset": offset,
         "size": size,
@@ -175,8 +214,22 @@ def _row(file: Any, key: str, group: dict[str, tuple[int, int]], end: int) -> di
         "meta_size": meta_size,
         "crc": zlib.crc32(text, crc),
         "fps": float(meta["fps"]) if isinstance(meta.get("fps"), (int, float)) and 0 < meta["fps"] < 10_000 else 0.0,
-        "label_name": label if isinstance(label, (str, int)) and not isinstance(label, bool) else None,
+        "label_name": name,
     }
+
+
+def _label_name(label: Any) -> str | None:
+    """A label as text, None for none; numbers below 0 are none."""
+    if not isinstance(label, (str, int)) or isinstance(label, bool):
+        return None
+    name = printable(str(label)).strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", name):
+        if int(name) >= MOST_CLASSES:
+            raise DataError(f"label: {name} is above {MOST_CLASSES - 1}")
+        return str(int(name)) if int(name) >= 0 else None
+    if len(name) > 1000:
+        raise DataError(f"label: a name of {len(name)} characters")
+    return name or None
 
 
 def _whole(value: Any) -> int:
@@ -186,28 +239,23 @@ def _whole(value: Any) -> int:
 def _classes(rows: list[dict[str, Any]]) -> list[str]:
     """Turn label names or numbers of the rows into labels; numbers keep their value."""
     given = {row["label_name"] for row in rows if row["label_name"] is not None}
-    numbers = all(re.fullmatch(r"\d{1,7}", str(name)) for name in given)
-    if numbers:
-        classes = [str(number) for number in range(max((int(name) for name in given), default=-1) + 1)]
-    else:
-        classes = sorted(str(name) for name in given)
+    classes = numeric_classes(given) or sorted(given)
     label = {name: number for number, name in enumerate(classes)}
     for row in rows:
         name = row.pop("label_name")
-        row["label"] = -1 if name is None else int(name) if numbers else label[str(name)]
+        row["label"] = -1 if name is None else label[name]
     return classes
 
 
 def _tars(folder: str) -> list[str]:
     if is_remote(folder):
         files, inner = filesystem(folder)
-        return [path.rpartition("/")[2] for path in files.find(inner, maxdepth=1) if path.endswith(".tar")]
-    import os
-
+        found = retry(lambda: files.find(inner, maxdepth=1), f"Listing {folder}")
+        return [path.rpartition("/")[2] for path in found if path.endswith(".tar")]
     try:
         return [name for name in os.listdir(folder) if name.endswith(".tar")]
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror}); give the folder of the shards.") from error
+        raise access_error(folder, error) from error
 
 
 def _open(path: str) -> Any:

@@ -14,24 +14,26 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from diffmae_video._version import __version__
 from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names
 from diffmae_video.data.layouts import Item, Listing, list_samples
+from diffmae_video.data.listing import printable
 from diffmae_video.data.manifest import MANIFEST, ShardInfo, write_manifest
+from diffmae_video.data.media import DEFAULT_LIMITS, Limits
 from diffmae_video.data.remote import is_remote, join, read_file, write_file
 from diffmae_video.data.transcode import TranscodeOptions, options_to_json
 from diffmae_video.data.workers import POOL
 from diffmae_video.errors import DataError, Stopped, StorageError, UsageError
 from diffmae_video.pipelines.console import progress, say, table
 from diffmae_video.pipelines.shard_folder import REJECTED, compare, forget, hold
-from diffmae_video.pipelines.shard_job import STOP, TarJob, parts_of, run_job
+from diffmae_video.pipelines.shard_job import ENCODING, STOP, TarJob, parts_of, run_job
 from diffmae_video.pipelines.workspace import Workspace
 
 LAYOUT_DATASETS = {"ssv2": "ssv2", "ucf101": "ucf101", "hmdb51": "hmdb51", "imagenet": "imagenet", "kinetics": "k400"}
@@ -116,6 +118,8 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     listing = list_samples(source, job.layout or (info.layout if info else "auto"), options.kind, job.fold)
     tars = _deal(listing, job)
     found = len(listing.items) + len(listing.rejected)
+    for note in listing.notes:
+        say(f"Note: {note}")
     say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
     plan = _Plan(out, info.name if info else job.dataset or _guess_dataset(listing, source), info, listing, tars)
     if job.dry_run:
@@ -123,6 +127,7 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
         return ShardResult(out, plan.name, found, 0, {}, splits, listing.classes, 0, 0.0, 0)
     record = {
         "version": __version__,
+        "encoding": ENCODING,
         "source": source,
         "layout": listing.layout,
         "options": options_to_json(options),
@@ -178,6 +183,23 @@ def _write_tars(plan: _Plan, job: ShardJob, executor: Executor | None) -> dict[s
         end()
         STOP.clear()
     return reports
+
+
+def parse_limits(texts: Sequence[str]) -> Limits:
+    """Bounds on inputs from texts like `frames=5000000`; see `Limits`.
+
+    Raises:
+        UsageError: no such bound, or no number.
+    """
+    known = {field.name: field.type for field in fields(Limits)}
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            given[name] = float(value) if known[name] == "float" else int(float(value))
+        except (KeyError, ValueError, OverflowError):
+            raise UsageError(f"--limit {text}: write NAME=NUMBER with one of {', '.join(known)}.") from None
+    return replace(DEFAULT_LIMITS, **given)
 
 
 def _pool(executor: Executor | None, job: ShardJob) -> tuple[Executor, Callable[[], None]]:
@@ -270,7 +292,8 @@ def _deal(listing: Listing, job: ShardJob) -> list[TarJob]:
 
 def _finish(plan: _Plan, reports: dict[str, dict[str, Any]], record: dict[str, Any]) -> None:
     """Write rejected.jsonl, the table and the manifest, and forget what only an unfinished run needs."""
-    rejected, shards = [asdict(one) for one in plan.listing.rejected], []
+    rejected = [asdict(one) | {"path": printable(one.path)} for one in plan.listing.rejected]
+    shards: list[tuple[ShardInfo, list[dict[str, Any]]]] = []
     for tar in plan.tars:
         report = reports[tar.name]
         rejected += [{"path": one["path"], "split": tar.split, **one} for one in report["rejected"]]
@@ -278,7 +301,7 @@ def _finish(plan: _Plan, reports: dict[str, dict[str, Any]], record: dict[str, A
             shards.append((ShardInfo(**report["info"]), report["rows"]))
     rejected.sort(key=lambda one: (one["split"], one["path"]))
     lines = "".join(json.dumps(one, ensure_ascii=False, sort_keys=True) + "\n" for one in rejected)
-    write_file(join(plan.out, REJECTED), lines.encode())
+    write_file(join(plan.out, REJECTED), lines.encode("utf-8", "backslashreplace"))
     reasons = dict(sorted(Counter(one["reason"] for one in rejected).items()))
     written = sum(len(rows) for _, rows in shards)
     if not written:
@@ -296,6 +319,24 @@ def _finish(plan: _Plan, reports: dict[str, dict[str, Any]], record: dict[str, A
         directional=plan.info.directional if plan.info else None,
     )
     forget(plan.out)
+    for note in _twins(shards):
+        say(f"Note: {note}")
+
+
+def _twins(shards: list[tuple[ShardInfo, list[dict[str, Any]]]]) -> list[str]:
+    """What to say of clips that are the same to the bit under two names."""
+    found: dict[str, list[tuple[str, int, str]]] = {}
+    for info, rows in shards:
+        for row in rows:
+            found.setdefault(row["media"], []).append((info.split, row["label"], row["key"]))
+    leaks = [places for places in found.values() if len({split for split, _, _ in places}) > 1]
+    torn = [places for places in found.values() if len({label for _, label, _ in places if label >= 0}) > 1]
+    notes = []
+    if leaks:
+        notes.append(f"{len(leaks)} clips stand in more than one split, e.g. {leaks[0][0][2]}: remove them from one.")
+    if torn:
+        notes.append(f"{len(torn)} clips stand there under two labels, e.g. {torn[0][0][2]}: one of them is wrong.")
+    return notes
 
 
 def _result(body: dict[str, Any], out: str, begun: float, done_before: int) -> ShardResult:

@@ -109,6 +109,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     if "jobs" not in before:
         return "this command did not write their manifest"
     told = []
+    if before.get("encoding") != now["encoding"]:
+        told.append(f"version {before.get('version')} made them in another way")
     if before.get("source") != now["source"]:
         told.append(f"the source was {before.get('source')}")
     if before.get("digest") != now["digest"]:

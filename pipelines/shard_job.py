@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffmae_video.data.listing import printable
 from diffmae_video.data.manifest import ShardInfo
 from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, write_file
 from diffmae_video.data.shards import TarShard
@@ -25,6 +26,8 @@ STOP = threading.Event()
 """Set when the run is interrupted: jobs leave after their present clip."""
 
 
+ENCODING = 2
+"""Counts changes in what is made of the same input with the same options: 2 keeps colours, times and geometry."""
 PARTS = ".parts"
 """Folder of what an unfinished run knows, below its destination."""
 
@@ -51,7 +54,7 @@ class TarJob:
     @property
     def digest(self) -> str:
         """What the shard's bytes depend on."""
-        text = json.dumps([self.split, self.items, self.options], sort_keys=True)
+        text = json.dumps([ENCODING, self.split, self.items, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -82,12 +85,13 @@ def run_job(job: TarJob) -> dict[str, Any]:
                 if outcome.kind == "storage":
                     raise StorageError(outcome.error)
                 if outcome.kind:
-                    rejected.append({"path": path, "reason": outcome.kind, "detail": outcome.error})
+                    rejected.append({"path": printable(path), "reason": outcome.kind, "detail": outcome.error})
                     continue
-                meta = outcome.meta | {"label": label, "class": class_name, "source": path}
+                meta = outcome.meta | {"label": label, "class": class_name, "source": printable(path)}
                 if span:
                     meta["span"] = [start, end]
                 tar.add(key, outcome.suffix, outcome.data, meta)
+                tar.rows[-1]["media"] = hashlib.sha1(outcome.data).hexdigest()  # to find clips that are there twice
             tar.close()
             file.flush()
             os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.manifest import Manifest, ShardInfo
 from diffmae_video.data.remote import filesystem, join, retry
 from diffmae_video.errors import DataError
 from diffmae_video.files import sha256_of
@@ -48,11 +48,12 @@ class ShardCache:
         info = self.manifest.shards[shard]
         path = self.folder / info.name.replace("/", "_")
         with FileLock(path.with_suffix(".lock")):
-            if not (path.exists() and path.stat().st_size == info.bytes):
+            if not _is_whole(path, info):
                 self._make_room(info.bytes, keep=path)
                 self._download(join(self.manifest.root, info.name), path, info.bytes, info.sha256)
+                _is_whole(path, info)
         with contextlib.suppress(OSError):
-            os.utime(path)  # recently used
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # recently used, not changed
         return str(path)
 
     def prefetch(self, shards: list[int]) -> None:
@@ -101,10 +102,29 @@ class ShardCache:
                     if path.suffix == ".tmp" and time.time() - status.st_mtime > 3600:  # left by a crash
                         path.unlink(missing_ok=True)
                     elif path.suffix == ".tar" and path != keep:
-                        found.append((status.st_mtime, status.st_size, path))
+                        found.append((status.st_atime, status.st_size, path))
             total = sum(one[1] for one in found)
             for _, taken, path in sorted(found):
                 if total + size <= self.bound:
                     return
                 path.unlink(missing_ok=True)
+                path.with_suffix(".ok").unlink(missing_ok=True)
                 total -= taken
+
+
+def _is_whole(path: Path, info: ShardInfo) -> bool:
+    """Whether a file is the shard; a note beside it saves reading it again as long as nothing touched it."""
+    note = path.with_suffix(".ok")
+    try:
+        status = path.stat()
+        state = f"{info.sha256} {status.st_size} {status.st_mtime_ns}"
+        if status.st_size != info.bytes:
+            return False
+        if note.exists() and note.read_text(encoding="ascii", errors="replace") == state:
+            return True
+        if sha256_of(path) != info.sha256:
+            return False
+        note.write_text(state, encoding="ascii")
+    except FileNotFoundError:
+        return False
+    return True

@@ -6,13 +6,13 @@ found = written + rejected. Published data sets stand in published.py; here are 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import os
 import posixpath
 import re
 from dataclasses import replace
 
+from diffmae_video.data.annotations import SUFFIXES, by_value, numeric_classes, read_annotation
 from diffmae_video.data.listing import (
     IMAGE_EXTENSIONS,
     SPLITS,
@@ -21,27 +21,28 @@ from diffmae_video.data.listing import (
     Listing,
     Rejection,
     Tree,
-    number_of,
+    printable,
     split_of,
 )
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.registry import layouts
 
 _LISTS = SPLITS | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
-_PATH_COLUMNS = {"path", "file", "filename", "filepath", "file_path", "video", "video_path", "clip"}
+_LIST_WORDS = {"list", "lists", "split", "splits", "video", "videos", "annotation", "annotations", "label", "labels"}
+_LIST_WORDS |= {"file", "files", "data", "csv", "txt", "rawframes", "set"}
 
 
 def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: int = 1) -> Listing:
     """List a data set.
 
     Args:
-        source: folder or URL; or a CSV/TSV file of `path,label[,split][,start,end]` with paths relative to its folder.
+        source: folder or URL; or an annotation file (see annotations.py) with paths relative to its folder.
         layout: `auto`, or the name of one.
         kind: `video` or `image`.
         fold: which of the three official splits of UCF101 and HMDB51.
 
     Raises:
-        DataError: nothing is there.
+        DataError: nothing is there, a folder cannot be listed, or an annotation cannot be understood.
         UsageError: an unknown layout.
     """
     if layout != "auto":
@@ -51,28 +52,55 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
             raise UsageError(f"--layout {layout}: {error}, or auto.") from error
     extensions = VIDEO_EXTENSIONS if kind == "video" else IMAGE_EXTENSIONS
     table = None
-    if source.lower().endswith((".csv", ".tsv")):
+    if source.lower().endswith(SUFFIXES) and not (os.path.isdir(source)):
         source, _, table = source.replace("\\", "/").rpartition("/")
         source = source or "."
     tree = Tree(source, extensions)
     if table is not None:
         if table not in tree.present:
             raise DataError(f"{source}/{table}: there is no such file; check the path.")
-        listing = _table(tree, table)
+        listing = _listed(tree, "table", [table], certain=True)
     else:
         if not tree.paths:
             raise DataError(f"{source} is empty or missing; give the folder that holds the {kind}s.")
         name = layout if layout != "auto" else _guess(tree)
-        listing = layouts.get(name)(tree, fold)
-        if listing is None:
+        found = layouts.get(name)(tree, fold)
+        if found is None:
             raise DataError(f"{source} does not look like the layout {name!r}; leave --layout out to have it guessed.")
+        listing = found
         listing.layout = name
     if not listing.items and not listing.rejected:
         raise DataError(f"{source} holds no {kind} files; give the folder that holds them.")
-    if not listing.classes:
-        listing.classes = sorted({item.label for item in listing.items if item.label is not None})
+    _settle(listing)
     listing.items = [replace(item, size=tree.size(item.path)) for item in _with_keys(listing.items)]
     return listing
+
+
+def _settle(listing: Listing) -> None:
+    """Give the classes an order, and take out what is said twice or against itself."""
+    if not listing.classes:
+        listing.classes = by_value(item.label for item in listing.items if item.label is not None)
+    said: dict[tuple[str, float | None, float | None], list[Item]] = {}
+    for item in listing.items:
+        said.setdefault((item.path, item.start, item.end), []).append(item)
+    kept, shared = [], 0
+    for items in said.values():
+        labels, by_split = {item.label for item in items}, {item.split: item for item in items}
+        if len(labels) > 1:
+            told = " and ".join(sorted(repr(label) for label in labels))
+            listing.rejected += [
+                Rejection(one.path, one.split, "conflict", f"it has the labels {told}") for one in items
+            ]
+            continue
+        kept += by_split.values()
+        shared += len(by_split) > 1
+        extra = [one for one in items if by_split[one.split] is not one]
+        listing.rejected += [Rejection(one.path, one.split, "duplicate", "it is listed twice") for one in extra]
+    listing.items = kept
+    if shared:
+        listing.notes.append(f"{shared} clips stand in more than one split: a test on them is no test.")
+    if len({(item.path, item.label) for item in kept}) > len({item.path for item in kept}):
+        listing.notes.append("Some videos have spans with different labels: give --trim to cut the spans out.")
 
 
 def _guess(tree: Tree) -> str:
@@ -88,7 +116,7 @@ def _with_keys(items: list[Item]) -> list[Item]:
     for item in sorted(items, key=lambda item: (item.split, item.path, item.start or 0.0)):
         stem = posixpath.splitext(posixpath.basename(item.path))[0]
         plain = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60] or "sample"
-        mark = hashlib.sha1(f"{item.path}\0{item.start}".encode()).hexdigest()
+        mark = hashlib.sha1(f"{item.path}\0{item.start}".encode("utf-8", "surrogateescape")).hexdigest()
         key = plain if plain == stem else f"{plain}-{mark[:8]}"
         if (item.split, key) in used:
             key = f"{plain}-{mark[:12]}"
@@ -100,55 +128,96 @@ def _with_keys(items: list[Item]) -> list[Item]:
 
 @layouts.register("lists")
 def _lists(tree: Tree, fold: int) -> Listing | None:
-    """Lists of mmaction2, SlowFast and VideoMAE: lines of `path label`, or `path total label`, without a header."""
-    listing, found = Listing("lists"), False
-    numbers: dict[int, str] = {}
-    rows: list[tuple[str, str, int]] = []
-    for table in tree.paths:
-        name = posixpath.basename(table).lower()
-        if not name.endswith((".txt", ".csv")) or table.count("/") > 1:
-            continue
-        split = next((_LISTS[part] for part in re.split(r"[^a-z]+", name) if part in _LISTS), None)
-        lines = [line for line in tree.text(table).splitlines() if line.strip()]
-        parsed = [re.fullmatch(r"(.+?)[ ,](?:(-?\d+) )?(-?\d+)", line.strip()) for line in lines]
-        if split is None or not lines or not all(parsed):
-            continue
-        found = True
-        rows += [(split, match[1].strip('"'), int(match[3])) for match in parsed]
-    if not found:
-        return None
-    files = {path: path for path in tree.media}
-    by_tail: dict[str, str] = {}
-    for path in tree.media:
-        by_tail.setdefault("/".join(path.split("/")[-2:]), path)
-        by_tail.setdefault(path.split("/")[-1], path)
-    resolved = []
-    for split, name, label in rows:
-        tail = name.replace("\\", "/")
-        path = files.get(tail) or by_tail.get("/".join(tail.split("/")[-2:])) or by_tail.get(tail.split("/")[-1])
-        if path is None:
-            listing.rejected.append(Rejection(name, split, "missing", "a list names it"))
-            continue
-        resolved.append((split, path, label))
-        parent = posixpath.basename(posixpath.dirname(path))
-        numbers.setdefault(label, parent)
-    folders = {parent.replace("_", " ") for parent in numbers.values()}
-    named = len(folders) == len(numbers) and not folders & set(SPLITS)  # class folders tell the names
-    names = {n: (numbers[n].replace("_", " ") if named else str(n)) for n in numbers if n >= 0}
-    listing.classes = [names[n] for n in sorted(names)]
-    listing.items = [Item(path, split, names.get(label)) for split, path, label in resolved]
-    return listing
+    """An annotation file for each split, as for mmaction2, SlowFast and VideoMAE: `path label`, `path total label`."""
+    names = [name for name in _annotation_files(tree) if _split_named(name)]
+    folds = {name: re.search(r"list0*(\d)\.\w+$", name) for name in names}  # trainlist01.txt, testlist01.txt
+    names = [name for name in names if not (match := folds[name]) or int(match[1]) == fold]
+    return _listed(tree, "lists", names) if names else None
 
 
 @layouts.register("table")
 def _any_table(tree: Tree, fold: int) -> Listing | None:
-    """A single CSV/TSV with a `path` column at the top of the folder."""
-    for path in tree.paths:
-        if "/" not in path and path.lower().endswith((".csv", ".tsv")):
-            head = re.split(r"[,\t]", (tree.text(path).splitlines() or [""])[0].lower())
-            if _PATH_COLUMNS & {name.strip() for name in head}:
-                return _table(tree, path)
-    return None
+    """One annotation file for all splits; paths are relative to the folder."""
+    names = [name for name in _annotation_files(tree) if not _split_named(name)]
+    if len(names) > 1:
+        told = ", ".join(names)
+        raise DataError(f"{tree.root} holds several annotation files ({told}); give the path of one instead.")
+    return _listed(tree, "table", names) if names else None
+
+
+def _annotation_files(tree: Tree) -> list[str]:
+    """Files at the top or one folder below that name media with labels, or, by their own name, splits.
+
+    Raises:
+        DataError: one is named after a split and is not understood.
+    """
+    found = []
+    for name in tree.paths:
+        if name.count("/") > 1:
+            continue
+        if name.lower().endswith(SUFFIXES):
+            rows = read_annotation(tree, name)
+            if rows is None and _is_split_list(name):
+                raise DataError(
+                    f"{tree.root}/{name} names no file of the folder; correct it, or name --layout folders."
+                )
+            if rows and (_split_named(name) or any(row.label or row.split for row in rows)):
+                found.append(name)
+        elif name.lower().endswith((".json", ".jsonl")) and _is_split_list(name):
+            raise DataError(f"{tree.root}/{name} is not read; write it as CSV of path,label, or name --layout folders.")
+    return found
+
+
+def _split_named(name: str) -> str | None:
+    words = re.split(r"[^a-z]+", posixpath.basename(name).lower())
+    return next((_LISTS[word] for word in words if word in _LISTS), None)
+
+
+def _is_split_list(name: str) -> bool:
+    """Whether the name of a file says that it lists a split, and nothing else."""
+    words = [word for word in re.split(r"[^a-z]+", posixpath.basename(name).lower().rpartition(".")[0]) if word]
+    return _split_named(name) is not None and all(word in _LISTS or word in _LIST_WORDS for word in words)
+
+
+def _listed(tree: Tree, layout: str, names: list[str], certain: bool = False) -> Listing:
+    """What annotation files say; where they tell the split alone, class folders tell the label."""
+    listing = Listing(layout)
+    for name in names:
+        for row in read_annotation(tree, name, certain) or ():
+            if row.problem:
+                split = _split_named(name) or "train"
+                listing.rejected.append(Rejection(row.path, split, "annotation", f"{name}, {row.problem}"))
+                continue
+            given = re.sub(r"[^a-z0-9_-]", "_", (row.split or "").lower())[:40]  # it names files
+            hint = SPLITS.get(given, given) or (_split_named(name) if layout == "lists" else None)
+            path = tree.resolve(row.path, hint)
+            split = hint or split_of(path or row.path) or _split_named(name) or "train"
+            if path is None:
+                leaves = row.path.replace("\\", "/").startswith(("../", "/")) and layout == "table"
+                why = ("outside", "the path leaves the folder") if leaves else ("missing", f"{name} names it")
+                listing.rejected.append(Rejection(row.path, split, *why))
+                continue
+            folder = posixpath.basename(posixpath.dirname(path))
+            label = (folder if folder.lower() not in SPLITS else None) if row.alone else row.label
+            listing.items.append(Item(path, split, label or None, row.start, row.end))
+    classes = numeric_classes(item.label for item in listing.items if item.label is not None)
+    if classes is not None:
+        listing.classes = classes
+        _name_by_folders(listing)
+    return listing
+
+
+def _name_by_folders(listing: Listing) -> None:
+    """Names for numbered classes, where every number has a folder of its own."""
+    folders: dict[str, set[str]] = {}
+    for item in listing.items:
+        if item.label is not None:
+            folders.setdefault(item.label, set()).add(posixpath.basename(posixpath.dirname(item.path)))
+    names = {number: found.pop() for number, found in folders.items() if len(found) == 1}
+    if len(names) == len(folders) == len(set(names.values())) and not set(names.values()) & {"", *SPLITS}:
+        plain = {number: name.replace("_", " ") for number, name in names.items()}
+        listing.classes = [plain.get(number, number) for number in listing.classes]
+        listing.items = [replace(one, label=plain.get(one.label or "", one.label)) for one in listing.items]
 
 
 @layouts.register("folders")
@@ -158,52 +227,52 @@ def _folders(tree: Tree, fold: int) -> Listing | None:
     parts = [path.split("/") for path in media]
     if not parts or any(len(part) < 2 for part in parts):
         return None
-    if all(len(part) == 2 and split_of("/".join(part)) for part in parts):
+    splits = _splits_of(tree, media)
+    if all(len(part) == 2 and splits[path] for path, part in zip(media, parts, strict=True)):
         return None  # split folders without classes
     listing = Listing("folders")
     for path, part in zip(media, parts, strict=True):
-        split = split_of(path)
-        label = part[-2] if len(part) > 2 or not split else None
-        listing.items.append(Item(path, split or "train", label))
+        label = printable(part[-2]) if len(part) > 2 or not splits[path] else None
+        listing.items.append(Item(path, splits[path] or "train", label))
     return listing
+
+
+def _splits_of(tree: Tree, media: list[str]) -> dict[str, str | None]:
+    """The split of every path. A folder called `train` among others that are no splits is a class (the vehicle).
+
+    Raises:
+        DataError: it may be either.
+    """
+    beside: dict[str, set[str]] = {}  # folder -> names of the folders in it that hold media
+    depth: dict[str, set[int]] = {}  # folder -> how many folders deep media lie in it
+    for path in media:
+        folders = path.split("/")[:-1]
+        for place, name in enumerate(folders):
+            beside.setdefault("/".join(folders[:place]), set()).add(name)
+            depth.setdefault("/".join(folders[: place + 1]), set()).add(len(folders) - place)
+    classes = set()
+    for parent, names in beside.items():
+        splits = {name for name in names if split_of(f"{name}/x")}
+        if not splits or splits == names:
+            continue
+        inside = {name: depth[f"{parent}/{name}" if parent else name] for name in names}
+        if any(inside[name] != {1} for name in splits):
+            told, others = ", ".join(sorted(splits)), ", ".join(sorted(names - splits)[:3])
+            raise DataError(
+                f"{tree.root}/{parent}: {told} may be splits or classes, since {others} stand beside; move them apart, "
+                "or give a CSV of path,label,split."
+            )
+        classes |= {f"{parent}/{name}" if parent else name for name in splits}
+    found = {}
+    for path in media:
+        folders = path.split("/")[:-1]
+        places = ["/".join(folders[: place + 1]) for place in range(len(folders))]
+        named = (split_of(f"{posixpath.basename(place)}/x") for place in places if place not in classes)
+        found[path] = next((split for split in named if split), None)
+    return found
 
 
 @layouts.register("flat")
 def _flat(tree: Tree, fold: int) -> Listing:
     """Unlabelled files, wherever they are."""
     return Listing("flat", items=[Item(path, split_of(path) or "train", None) for path in tree.media])
-
-
-def _table(tree: Tree, name: str) -> Listing:
-    """CSV/TSV: path,label[,split][,start,end], with a header or, for two or three columns, without."""
-    text = tree.text(name)
-    dialect = "\t" if name.lower().endswith(".tsv") else ","
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=dialect) if any(cell.strip() for cell in row)]
-    if not rows:
-        raise DataError(f"{tree.root}/{name} is empty; give a table with the columns path,label.")
-    head = [cell.strip().lower() for cell in rows[0]]
-    aliases = {"time_start": "start", "time_end": "end", "class": "label"} | dict.fromkeys(_PATH_COLUMNS, "path")
-    head = [aliases.get(cell, cell) for cell in head]
-    if "path" in head:
-        rows = rows[1:]
-    else:
-        head = ["path", "label", "split", "start", "end"][: len(rows[0])]
-    listing, taken = Listing("table"), set()
-    for row in rows:
-        cells = dict(zip(head, (cell.strip() for cell in row), strict=False))
-        path = posixpath.normpath(cells.get("path", "").replace("\\", "/"))
-        given = cells.get("split", "").lower()
-        given = re.sub(r"[^a-z0-9_-]", "_", given)[:40]  # it names files
-        split = SPLITS.get(given, given) or split_of(path) or "train"
-        if path.startswith(("../", "/")):
-            listing.rejected.append(Rejection(path, split, "outside", "the path leaves the folder of the table"))
-        elif path not in tree.present:
-            listing.rejected.append(Rejection(path, split, "missing", f"{name} names it"))
-        else:
-            start, end = number_of(cells.get("start")), number_of(cells.get("end"))
-            if (path, split, start, end) in taken:
-                listing.rejected.append(Rejection(path, split, "duplicate", f"{name} names it twice"))
-                continue
-            taken.add((path, split, start, end))
-            listing.items.append(Item(path, split, cells.get("label") or None, start, end))
-    return listing

@@ -8,8 +8,11 @@ import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from diffmae_video.data.remote import filesystem, is_remote, join, read_file
+from diffmae_video.data.media import access_error
+from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry
+from diffmae_video.errors import DataError
 
 VIDEO_EXTENSIONS = frozenset(
     (
@@ -58,15 +61,21 @@ class Listing:
     rejected: list[Rejection] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     """Class names in label order; empty when nothing is labelled."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of the annotation: sentences."""
 
 
 class Tree:
-    """Files below a local folder or URL, listed once."""
+    """Files below a local folder or URL, listed once; names that start with a dot are left out.
+
+    Raises:
+        DataError: a folder of it cannot be listed.
+    """
 
     def __init__(self, root: str, extensions: frozenset[str]):
         self.root = root
         self._sizes: dict[str, int] = {}
-        self.paths = sorted(self._walk())
+        self.paths = sorted(self._remote() if is_remote(root) else self._walk(root, "", frozenset()))
         self.media = [path for path in self.paths if _is_media(path, extensions)]
         self.present = frozenset(self.paths)
 
@@ -77,29 +86,124 @@ class Tree:
                 self._sizes[path] = os.path.getsize(join(self.root, path))
         return self._sizes.get(path, 0)
 
-    def _walk(self) -> Iterable[str]:
-        if is_remote(self.root):
-            files, inner = filesystem(self.root)
-            base = inner.rstrip("/") + "/"
-            details = files.find(inner, detail=True)
-            found = {path[len(base) :]: facts for path, facts in details.items() if path.startswith(base)}
-            self._sizes = {path: int(facts.get("size") or 0) for path, facts in found.items()}
-            return list(found)
-        found = []
-        for folder, names, files in os.walk(self.root, followlinks=True):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            relative = os.path.relpath(folder, self.root).replace(os.sep, "/")
-            found += [name if relative == "." else f"{relative}/{name}" for name in files if not name.startswith(".")]
+    def _remote(self) -> Iterable[str]:
+        files, inner = filesystem(self.root)
+        base = inner.rstrip("/") + "/"
+        details = retry(lambda: files.find(inner, detail=True), f"Listing {self.root}")
+        found = {path[len(base) :]: facts for path, facts in details.items() if path.startswith(base)}
+        self._sizes = {path: int(facts.get("size") or 0) for path, facts in found.items()}
+        return list(found)
+
+    def _walk(self, folder: str, relative: str, above: frozenset[tuple[int, int]]) -> Iterable[str]:
+        """Files below a folder; a link to a folder is followed unless it points to one that it lies in."""
+        try:
+            status = os.stat(folder)
+            here = above | {(status.st_dev, status.st_ino)}
+            if (status.st_dev, status.st_ino) in above:
+                return
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except FileNotFoundError:
+            if relative:  # a broken link, or removed since its parent was listed
+                return
+            raise DataError(f"{folder} is empty or missing; give the folder of the files.") from None
+        except OSError as error:
+            raise access_error(f"The folder {folder}", error) from error
+        if not relative:  # a link to a folder above the root would bring the root in again
+            here |= _parents(folder)
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                raise access_error(os.path.join(folder, entry.name), error) from error
+            if is_folder:
+                yield from self._walk(os.path.join(folder, entry.name), path, here)
+            else:
+                yield path
+
+    @cached_property
+    def _stems(self) -> frozenset[str]:
+        return frozenset(name for path in self.media for name in (stem_of(path), posixpath.splitext(path)[0]))
+
+    def has_stem(self, text: str) -> bool:
+        """Whether a media file has this name or path, but for its extension."""
+        return text in self._stems
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Media files by their name, with and without extension."""
+        found: dict[str, list[str]] = {}
+        for path in self.media:
+            for name in {posixpath.basename(path), stem_of(path)}:
+                found.setdefault(name, []).append(path)
         return found
 
+    def resolve(self, listed: str, split: str | None = None) -> str | None:
+        """The file that an annotation means: at its path; or where one path is the end of the other, as lists are
+        written for another place. Never a file of the same name elsewhere, and never one of another split's folder.
+
+        Returns:
+            The path, or None where there is none or more than one.
+        """
+        path = posixpath.normpath(listed.replace("\\", "/"))
+        if path in self.present:
+            return path
+        if path.startswith("../"):
+            return None
+        parts = path.strip("/").split("/")
+        names = [path for path in self._by_name.get(parts[-1], ()) if split is None or split_of(path) in (None, split)]
+        matches = []
+        for name in names:
+            own = name.split("/")
+            if own[-1] != parts[-1]:  # listed without extension
+                own[-1] = stem_of(name)
+            short = min(len(own), len(parts))
+            enough = short == len(parts) or short > 1 or path.startswith("/")  # `3.mp4` is not what `run/3.mp4` means
+            if enough and own[-short:] == parts[-short:]:
+                matches.append(name)
+        if len(matches) > 1:
+            matches = [name for name in matches if split is not None and split_of(name) == split]
+        return matches[0] if len(matches) == 1 else None
+
+    def of_class(self, listed: str, label: str, classes: Iterable[str]) -> str | None:
+        """The file of a name, in the folder of its class or in one that belongs to no class; None without just one."""
+        found = {path: posixpath.basename(posixpath.dirname(path)) for path in self._by_name.get(stem_of(listed), ())}
+        fits = [path for path, folder in found.items() if folder == label]
+        fits = fits or [path for path, folder in found.items() if folder not in classes]
+        return fits[0] if len(fits) == 1 else None
+
     def text(self, path: str) -> str:
-        """A text file of the tree."""
-        return read_file(join(self.root, path)).decode("utf-8-sig", errors="replace")
+        """A text file of the tree: UTF-8, or UTF-16 where it says so."""
+        raw = read_file(join(self.root, path))
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return raw.decode("utf-16", errors="replace")
+        return raw.decode("utf-8-sig", errors="replace")
+
+
+def _parents(folder: str) -> frozenset[tuple[int, int]]:
+    """Device and inode of every folder above a folder."""
+    found, path = set(), os.path.dirname(os.path.realpath(folder))
+    while True:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+        if path == os.path.dirname(path):
+            return frozenset(found)
+        path = os.path.dirname(path)
 
 
 def _is_media(path: str, extensions: frozenset[str]) -> bool:
     name = posixpath.basename(path)
     return "." not in name or name.rpartition(".")[2].lower() in extensions
+
+
+def printable(text: str) -> str:
+    """Text that can be written and shown: bytes of file names that are not UTF-8 and control characters as escapes."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def stem_of(path: str) -> str:

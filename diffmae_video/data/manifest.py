@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from diffmae_video.data.media import MEDIA_SUFFIXES, access_error
 from diffmae_video.data.remote import join, read_file, write_file
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, StorageError
+from diffmae_video.files import check_name
 
 MANIFEST = "manifest.json"
 TABLE = "samples.parquet"
@@ -105,35 +107,25 @@ class Manifest:
         """
         root = str(path)
         root = root[: -len(MANIFEST)].rstrip("/") or "." if root.endswith(MANIFEST) else root
+        where = join(root, MANIFEST)
         try:
-            body = json.loads(read_file(join(root, MANIFEST)))
+            body = json.loads(read_file(where))
         except FileNotFoundError:
             raise DataError(
                 f"{root} holds no {MANIFEST}; make shards with `diffmae shard`, or `diffmae index` for foreign ones."
             ) from None
-        except (ValueError, OSError) as error:
-            raise DataError(f"{join(root, MANIFEST)} cannot be read ({error}); make the shards again.") from error
+        except StorageError:
+            raise
+        except OSError as error:
+            raise access_error(where, error) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} cannot be read ({error}); make the shards again.") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT_VERSION:
-            raise DataError(f"{join(root, MANIFEST)} is not of format {FORMAT_VERSION}; make it with this version.")
+            raise DataError(f"{where} is not of format {FORMAT_VERSION}; make it with this version.")
         try:
-            shards = [ShardInfo(**shard) for shard in body["shards"]]
-            for shard in shards:
-                _check_name(shard.name)
-            return Manifest(
-                root=root,
-                dataset=body["dataset"],
-                kind=body["kind"],
-                classes=list(body["classes"]),
-                splits=dict(body["splits"]),
-                shards=shards,
-                suffixes=list(body["suffixes"]),
-                hash=body["hash"],
-                facts=body.get("facts", {}),
-                directional=body.get("directional"),
-                _table=body["table"],
-            )
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{join(root, MANIFEST)} lacks {error}; make it again.") from error
+            return _parse(root, body)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where} is damaged or incomplete ({error}); make it again.") from error
 
     @property
     def encoded(self) -> bool:
@@ -155,14 +147,29 @@ class Manifest:
         return self._samples[split]
 
     def _read_table(self) -> None:
+        import pyarrow
         import pyarrow.parquet as parquet
 
-        raw = read_file(join(self.root, TABLE))
+        where = join(self.root, TABLE)
+        raw = read_file(where)
         if hashlib.sha256(raw).hexdigest() != self._table["sha256"]:
-            raise DataError(f"{join(self.root, TABLE)} does not match its checksum; copy it again or index the shards.")
-        table = parquet.read_table(io.BytesIO(raw))
-        columns = {name: table.column(name).to_numpy().astype(kind, copy=False) for name, kind in _COLUMNS.items()}
-        keys = table.column("key").combine_chunks()
+            raise DataError(f"{where} does not match its checksum; copy it again or index the shards.")
+        rows = sum(self.splits.values())
+        try:
+            file = parquet.ParquetFile(io.BytesIO(raw))
+            if file.metadata.num_rows != rows or rows * 512 > sum(info.bytes for info in self.shards):
+                raise ValueError(
+                    f"{file.metadata.num_rows} rows, the manifest {rows}"
+                )  # each has a header of 512 bytes
+            table = file.read()
+            columns = {
+                name: table.column(name).to_numpy().astype(kind, copy=False, casting="same_kind")
+                for name, kind in _COLUMNS.items()
+            }
+            keys = table.column("key").cast(pyarrow.large_string()).combine_chunks()
+            _check_columns(columns, len(self.shards), len(self.suffixes))
+        except (ValueError, TypeError, KeyError, OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{where} is damaged ({error}); index the shards again.") from error
         start = 0
         for split, count in self.splits.items():
             part = slice(start, start + count)
@@ -170,10 +177,54 @@ class Manifest:
                 **{name: values[part] for name, values in columns.items()}, keys=keys.slice(start, count)
             )
             start += count
-        if start != table.num_rows:
-            raise DataError(
-                f"{join(self.root, TABLE)} has {table.num_rows} rows, the manifest {start}; index it again."
-            )
+
+
+def _parse(root: str, body: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON; names that become paths are checked, and its hash is that of what it says."""
+    shards = [ShardInfo(**shard) for shard in body["shards"]]
+    for shard in shards:
+        _check_shard_name(shard.name)
+        check_name(shard.split, "The split of a shard in the manifest")
+    splits, classes, suffixes = dict(body["splits"]), list(body["classes"]), list(body["suffixes"])
+    for split in splits:
+        check_name(split, "A split of the manifest")
+    counts = [*splits.values(), *(number for shard in shards for number in (shard.bytes, shard.samples))]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a count is no number")
+    if not all(isinstance(text, str) for text in (*classes, *suffixes, *(shard.sha256 for shard in shards))):
+        raise ValueError("a name is no text")
+    if body["kind"] not in MEDIA_SUFFIXES or not isinstance(body["dataset"], str):
+        raise ValueError("kind or dataset")
+    if body["hash"] != _hash(body["table"]["sha256"], body["shards"], classes, splits):
+        raise DataError(f"{join(root, MANIFEST)} was changed: its hash is another; copy it again or index the shards.")
+    facts, directional = body.get("facts", {}), body.get("directional")
+    return Manifest(
+        root=root,
+        dataset=body["dataset"],
+        kind=body["kind"],
+        classes=classes,
+        splits=splits,
+        shards=shards,
+        suffixes=suffixes,
+        hash=body["hash"],
+        facts=facts if isinstance(facts, dict) else {},
+        directional=directional if isinstance(directional, bool) else None,
+        _table=body["table"],
+    )
+
+
+def _hash(table: str, shards: list[dict[str, Any]], classes: list[str], splits: dict[str, int]) -> str:
+    """sha256 over everything that decides order and content."""
+    return hashlib.sha256(json.dumps([table, shards, classes, splits], sort_keys=True).encode()).hexdigest()
+
+
+def _check_columns(columns: dict[str, np.ndarray], shards: int, suffixes: int) -> None:
+    bounds = {"shard": (0, shards - 1), "suffix": (0, suffixes - 1), "label": (-1, 2**31)}
+    bounds |= dict.fromkeys(("offset", "size", "meta_size", "frames", "fps", "width", "height"), (0, 2**62))
+    for name, (least, most) in bounds.items():
+        values = columns[name]
+        if len(values) and not (values.min() >= least and values.max() <= most):  # NaN is neither
+            raise ValueError(f"column {name} goes from {values.min()} to {values.max()}")
 
 
 def write_manifest(
@@ -228,14 +279,15 @@ def write_manifest(
         "shards": [vars(info) for info in infos],
         "facts": facts or {},
     }
-    digest = json.dumps([body["table"]["sha256"], body["shards"], classes, splits], sort_keys=True)
-    body["hash"] = hashlib.sha256(digest.encode()).hexdigest()
+    body["hash"] = _hash(body["table"]["sha256"], body["shards"], classes, splits)
     write_file(join(str(root), TABLE), raw)
     write_file(join(str(root), MANIFEST), (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
     return Manifest.load(root)
 
 
-def _check_name(name: str) -> None:
+def _check_shard_name(name: str) -> None:
+    """Shards may stand in folders below that of the manifest, and be called what their maker likes."""
     parts = name.split("/")
-    if name.startswith("/") or ".." in parts or ":" in name or "\\" in name or not name.endswith(".tar"):
-        raise DataError(f"The manifest names the shard {name!r}, which is no plain .tar inside its folder; refuse it.")
+    plain = name.isprintable() and not name.startswith("/") and ".." not in parts and not set(name) & {":", "\\"}
+    if not plain or not name.endswith(".tar"):
+        raise DataError(f"The manifest names the shard {name!r:.80}, no plain .tar of its folder; refuse it.")

@@ -52,12 +52,11 @@ def ucf101(tree: Tree, fold: int) -> Listing | None:
         return None
     classes = dict(line.split()[::-1] for line in tree.text(tables["classInd.txt"]).splitlines() if line.strip())
     listing = Listing("ucf101", classes=[name for name, _ in sorted(classes.items(), key=lambda pair: int(pair[1]))])
-    files = {stem_of(path): path for path in tree.media}
     for name, split in ((f"trainlist0{fold}.txt", "train"), (f"testlist0{fold}.txt", "val")):
         for line in tree.text(tables[name]).splitlines() if name in tables else ():
             if line.strip():
                 relative = line.split()[0]
-                path = files.get(stem_of(relative))
+                path = tree.of_class(relative, relative.split("/")[0], classes)
                 if path is None:
                     listing.rejected.append(Rejection(relative, split, "missing", f"{name} names it"))
                 else:
@@ -72,14 +71,14 @@ def hmdb51(tree: Tree, fold: int) -> Listing | None:
     if not tables:
         return None
     listing = Listing("hmdb51")
-    files = {stem_of(path): path for path in tree.media}
-    for table in tables:
-        label = posixpath.basename(table).removesuffix(f"_test_split{fold}.txt")
+    named = {table: posixpath.basename(table).removesuffix(f"_test_split{fold}.txt") for table in tables}
+    classes = frozenset(named.values())
+    for table, label in named.items():
         for line in tree.text(table).splitlines():
             name, _, use = line.strip().rpartition(" ")
             if use in ("1", "2"):
                 split = "train" if use == "1" else "val"
-                path = files.get(stem_of(name.strip()))
+                path = tree.of_class(name.strip(), label, classes)
                 if path is None:
                     listing.rejected.append(Rejection(name.strip(), split, "missing", f"{table} names it"))
                 else:
@@ -132,7 +131,7 @@ def kinetics(tree: Tree, fold: int) -> Listing | None:
             if (path, *span) in spans:
                 listing.rejected.append(Rejection(path, split, "duplicate", f"{table} names it twice"))
                 continue
-            spans.add((path, *span))
+            spans.add((path, span[0], span[1]))
             taken.add(path)
             path = replaced.get(stem, path)
             taken.add(path)
@@ -142,7 +141,7 @@ def kinetics(tree: Tree, fold: int) -> Listing | None:
         if path not in taken and "." in posixpath.basename(path) and split_of(path) in known:
             twin = stem_of(path) in stems  # the same clip in a second folder, or as a link by class
             why = ("duplicate", "another copy is used") if twin else ("unannotated", "no table names it")
-            listing.rejected.append(Rejection(path, split_of(path), *why))
+            listing.rejected.append(Rejection(path, split_of(path) or "", *why))
     return listing
 
 
@@ -180,7 +179,7 @@ def imagenet(tree: Tree, fold: int) -> Listing | None:
                 truth[stem_of(flat[number])] = name
     for path in tree.media:
         split, parent = split_of(path) or "train", path.split("/")[-2] if "/" in path else ""
-        label = parent if parent in wnids else truth.get(stem_of(path))
+        label = parent if parent in wnids else truth.get(stem_of(path)) if split == "val" else None
         if label is None and split != "test":
             listing.rejected.append(Rejection(path, split, "unannotated", "no class folder and no ground truth"))
         elif label is not None and label not in wnids:

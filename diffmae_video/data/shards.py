@@ -47,7 +47,7 @@ class TarShard:
         """Append a sample; `meta` becomes the JSON member and fills the row of the table."""
         if "." in key or "/" in key or not key:
             raise ValueError(f"key {key!r} must be a plain name without dots")
-        text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+        text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")
         start = self.tar.tarstream.offset
         self.tar.write({"__key__": key, suffix: data, "json": text})
         members = sorted([(suffix, len(data)), ("json", len(text))])  # TarWriter sorts the suffixes
@@ -108,7 +108,7 @@ class ShardReader:
         if meta and table.meta_offset[index] >= 0 and table.meta_size[index] <= 1 << 20:
             try:
                 facts = json.loads(self._pread(shard, int(table.meta_size[index]), int(table.meta_offset[index])))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(
                     f"Sample {table.key(index)} of {self.manifest.shards[shard].name} has damaged JSON; "
                     "run `diffmae verify`."

@@ -79,7 +79,7 @@ def answer(stream: IO[bytes], body: dict[str, Any], given: bytes) -> None:
     except StorageError as error:
         kind, told = "storage", str(error)
     except LimitError as error:
-        kind, told = "limit", f"{error} `diffmae shard --limit` raises limits."
+        kind, told = "limit", f"{error} `diffmae shard --limit NAME=NUMBER` raises a bound."
     except DataError as error:
         kind = "unreadable" if data is None or sniff(data[:1024]) else "not media"
         told = str(error)
