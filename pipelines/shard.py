@@ -202,7 +202,7 @@ def parse_limits(texts: Sequence[str]) -> Limits:
     return replace(DEFAULT_LIMITS, **given)
 
 
-def _pool(executor: Executor | None, job: ShardJob) -> tuple[Executor, Callable[[], None]]:
+def _pool(executor: Executor | None, job: ShardJob) -> tuple[Executor, Callable[[], object]]:
     """Who does the work, and what ends it."""
     if executor is not None:
         return executor, lambda: None

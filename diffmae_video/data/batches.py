@@ -119,17 +119,18 @@ class ClipReader(Dataset):
         if request.upcoming and self.reader.cache:
             self.reader.cache.prefetch(list(request.upcoming))
         bad: dict[str, int] = {}
+        last: Exception | None = None
         clips: list[Tensor] = []
         samples: list[int] = []
         seeds: list[int] = []
         for wanted, epoch in zip(request.samples.tolist(), request.epochs.tolist(), strict=True):
             for sample in self._candidates(wanted, epoch):
-                draws = clip_seeds(self.plan.seed, epoch, np.int64(sample), np.arange(self.plan.repeats))
+                draws = clip_seeds(self.plan.seed, epoch, np.asarray(sample), np.arange(self.plan.repeats))
                 try:
                     clips += self._read(sample, draws.tolist())
                 except StorageError:  # says nothing about the sample
                     raise
-                except (DataError, OSError, ValueError, MemoryError) as error:
+                except Exception as error:  # whatever a damaged sample makes a library raise
                     reason = "unreadable" if isinstance(error, DataError) else type(error).__name__
                     bad[reason] = bad.get(reason, 0) + 1
                     last = error
@@ -167,6 +168,7 @@ class ClipReader(Dataset):
 
     def _read(self, sample: int, seeds: list[int]) -> list[Tensor]:
         """`repeats` clips of one sample, each uint8 (T, C, H, W)."""
+        assert self.reader is not None
         stored = self.reader.read(self.plan.split, sample, meta=False)
         generators = [as_generator(seed) for seed in seeds]
         if stored.suffix in MEDIA_SUFFIXES["image"]:

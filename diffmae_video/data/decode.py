@@ -8,12 +8,9 @@ and plain decoding from the start (no usable times, damaged files). See benchmar
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import av
@@ -21,23 +18,15 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
-from diffmae_video.data.display import PLAIN, Display, display_matrix, display_of
-from diffmae_video.data.media import DEFAULT_LIMITS, Limits, demuxer_of, read_bytes
-from diffmae_video.data.packets import (
-    PacketTable,
-    Unusable,
-    has_orientation,
-    has_turned_track,
-    is_unreferenced,
-    nal_length,
-)
-from diffmae_video.data.paint import Box, Canvas
-from diffmae_video.errors import DataError, LimitError
+from diffmae_video.data.display import Display
+from diffmae_video.data.media import DEFAULT_LIMITS, Limits
+from diffmae_video.data.packets import PacketTable, Unusable, is_unreferenced, nal_length
+from diffmae_video.data.paint import Box, ClipFrames
+from diffmae_video.data.video_file import Source, VideoFile
+from diffmae_video.errors import DataError
 
 if TYPE_CHECKING:  # sharding workers probe without torch
     from torch import Tensor
-
-Source = bytes | str | Path
 
 
 @dataclass(frozen=True)
@@ -63,82 +52,15 @@ class Clip(NamedTuple):
     pts: Tensor  # float64 (T,), seconds
 
 
-def _refuse(*_: object) -> None:
-    raise PermissionError("a media file may not open other files")
-
-
-class Video:
-    """A video in memory, opened once for any number of clips.
-
-    Args:
-        source: bytes, or the path of a local file.
-        limits: bounds that are checked before frames are decoded.
-        known: frame count and size are known and frames are shown as they are stored (shards that `diffmae shard`
-            encoded): FFmpeg's look into the stream, a tenth of the cost of a clip, is left out for MP4, and `info` is
-            what the header declares.
-
-    Raises:
-        DataError: no video, no decodable video stream, or beyond the limits.
-    """
+class Video(VideoFile):
+    """A video in memory whose frames are found by number; see `VideoFile` for the arguments."""
 
     def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS, known: bool = False):
-        self.name = "The video" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
-        self.data = read_bytes(source, limits)
-        self.limits = limits
-        self.format = demuxer_of(self.data)
-        self.known = known and self.format == "mov"
+        super().__init__(source, limits, known)
         self._table: PacketTable | None = None
         self._counted: int | None = None
-        self._display: Display | None = None
-        self._clock: tuple[int, int, bool, Fraction] | None = None
-        self._dirty = False
-        self.errors = 0
-        """Packets that failed in the last pass of `decode_all`."""
-        self._open()
-
-    def _open(self) -> None:
-        options = {"format_whitelist": self.format, "max_pixels": str(self.limits.pixels)}
-        if self.format == "mov":  # the header tells everything; skip the guess of the frame rate
-            options |= {"fpsprobesize": "0"} | ({"probesize": "32"} if self.known else {})
-        try:
-            self.container = av.open(
-                io.BytesIO(self.data),
-                format=self.format,
-                options=options,
-                stream_options=[{"skip_frame": "all"}] if self.known else None,
-                metadata_errors="replace",
-                io_open=_refuse,
-                buffer_size=1 << 16,
-            )
-        except (FFmpegError, ValueError, OSError) as error:
-            raise DataError(f"{self.name} cannot be opened ({_reason(error)}); replace or remove it.") from error
-        streams = [stream for stream in self.container.streams.video if not _is_cover(stream)]
-        if not streams or streams[0].codec_context is None:
-            self.close()
-            raise DataError(f"{self.name} has no video stream that can be decoded; replace or remove it.")
-        self.stream = streams[0]
-        context = self.stream.codec_context
-        if context.width * context.height == 0:
-            self.close()
-            raise DataError(f"{self.name} has frames without pixels; replace or remove it.")
-        try:
-            self.limits.check_size(f"A frame of {self.name}", context.width, context.height)
-        except LimitError:
-            self.close()
-            raise
-        context.thread_count = 1
-        context.thread_type = "NONE"
-        self.codec = context
-
-    def close(self) -> None:
-        """Release the decoder; the object is of no use afterwards."""
-        self.container.close()
-
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._entries: list[tuple[int, bool]] | None = None
+        self._entries_read = False
 
     @property
     def info(self) -> VideoInfo:
@@ -174,90 +96,6 @@ class Video:
                 self._counted = len(order) if order is not None else sum(1 for _ in self.decode_all())
         return self._counted
 
-    @property
-    def display(self) -> Display:
-        """What is done to frames before they are shown.
-
-        Raises:
-            DataError: their colours cannot be read.
-        """
-        if self._display is None:
-            self._display = PLAIN
-            if not self.known:
-                matrix = None
-                if self._may_be_turned():
-                    frame = next(iter(self.decode_all()), None)
-                    matrix = display_matrix(frame) if frame is not None else None
-                self._display = display_of(self.stream, self.name, matrix)
-        return self._display
-
-    def _may_be_turned(self) -> bool:
-        """Whether a display matrix may come with the frames: from the container, or inside H.264 and HEVC."""
-        if self.format in ("mov", "matroska") and (self.format == "matroska" or has_turned_track(self.data)):
-            return True
-        if self.codec.name not in ("h264", "hevc"):
-            return False
-        if self.format != "mov":
-            return True
-        first = self.stream.index_entries[0] if len(self.stream.index_entries) else None
-        return first is None or has_orientation(self.data[first.pos : first.pos + first.size], self.codec.name)
-
-    @property
-    def counts_frames(self) -> bool:
-        """Whether the file has an order of frames but no times: raw streams, and AVI where frames are reordered."""
-        return self.format in ("h264", "mpegvideo") or (self.format == "avi" and bool(self.codec.has_b_frames))
-
-    @property
-    def rate(self) -> Fraction:
-        """Frames a second as declared; 25 where nothing sensible is."""
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        return Fraction(rate) if rate and 0 < rate <= 1000 else Fraction(25)
-
-    def time(self, frame: av.VideoFrame, number: int) -> float:
-        """When frame `number` is shown, seconds; by the frame rate where the file has no times."""
-        if self._clock is None:
-            base = self.stream.time_base or Fraction(1, 1000)
-            self._clock = (base.numerator, base.denominator, self.counts_frames, self.rate)
-        numerator, denominator, counts, rate = self._clock
-        if frame.pts is not None and not counts:
-            return frame.pts * numerator / denominator
-        return float(number / rate)
-
-    def decode_all(self) -> Iterator[av.VideoFrame]:
-        """All frames in display order; a damaged packet costs its own frames only."""
-        self._rewind()
-        yield from self._decode()
-
-    def decode_from(self, start: float) -> Iterator[av.VideoFrame]:
-        """Frames in display order from a key frame some seconds before `start` (seconds of the file's clock) on.
-
-        All frames where the file has no times to go by, or its index leads astray.
-        """
-        early = start - 3.0  # frames around a key frame may lack what they refer to
-        if early > 0 and self.format in ("mov", "matroska") and self.stream.time_base:
-            self._rewind()
-            self._seek(int(early / self.stream.time_base))
-            frames = self._decode()
-            first = next(frames, None)
-            if first is not None and first.pts is not None and self.time(first, 0) <= start:
-                yield first
-                yield from frames
-                return
-        yield from self.decode_all()
-
-    def _decode(self) -> Iterator[av.VideoFrame]:
-        count = self.errors = 0
-        for packet in self._demux():
-            try:
-                frames = packet.decode()
-            except FFmpegError:
-                frames, self.errors = [], self.errors + 1
-            for frame in frames:
-                count += 1
-                if count > self.limits.frames:
-                    raise self._too_long()
-                yield frame
-
     def clips(
         self,
         indices: Sequence[Sequence[int]],
@@ -276,7 +114,7 @@ class Video:
         """
         import torch
 
-        canvas = Canvas(indices, crops or [None] * len(indices), size, self.display)
+        canvas = ClipFrames(indices, crops or [None] * len(indices), size, self.display)
         numbers = sorted(canvas.wanted)
         try:
             for number, frame in self.frames_at(numbers):
@@ -285,12 +123,7 @@ class Video:
             canvas.missing = set(numbers)
         if canvas.missing:
             self._paint_from_start(canvas, numbers)
-        return [
-            Clip(torch.from_numpy(frames), torch.from_numpy(times))
-            for frames, times in zip(canvas.frames, canvas.times, strict=True)
-        ]
-
-    # -- strategies ------------------------------------------------------------------------------------------------
+        return [Clip(torch.from_numpy(frames), torch.from_numpy(times)) for frames, times in canvas.clips()]
 
     def frames_at(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield (number, frame) of ascending frame numbers in decode order, decoding only what they refer to.
@@ -300,7 +133,7 @@ class Video:
         """
         return self._by_index(numbers) if self._index() is not None else self._by_table(numbers)
 
-    def _paint_from_start(self, canvas: Canvas, numbers: list[int]) -> None:
+    def _paint_from_start(self, canvas: ClipFrames, numbers: list[int]) -> None:
         """Plain decoding; where a declared frame is not there, the last one stands in."""
         last: tuple[int, av.VideoFrame] | None = None
         for number, frame in enumerate(self.decode_all()):
@@ -316,8 +149,8 @@ class Video:
 
     def _index(self) -> list[tuple[int, bool]] | None:
         """(dts, is key) of every packet, when decode order is display order and the container has them all."""
-        if not hasattr(self, "_entries"):
-            self._entries = None
+        if not self._entries_read:
+            self._entries_read = True
             plain = self.format == "mov" and self.codec.name == "h264" and not self.codec.has_b_frames
             if plain and self.codec.reorder_depth == 0:
                 entries = [
@@ -333,11 +166,12 @@ class Video:
 
     def _by_index(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Jump to the key frame before each group of wanted frames and stop after the last of the group."""
-        entries = self._index()
+        entries = self._index() or []
         keys = [number for number, entry in enumerate(entries) if entry[1]]
         starts = np.asarray(keys)[np.searchsorted(keys, numbers, side="right") - 1].tolist()
         needed = set(numbers)
-        position, packets, delay = -1, iter(()), None  # position: number of the packet that comes next
+        packets: Iterator[av.Packet] = iter(())
+        position, delay = -1, None  # position: number of the packet that comes next
         for number, start in zip(numbers, starts, strict=True):
             if number >= len(entries):
                 raise Unusable
@@ -346,7 +180,7 @@ class Video:
                 position, packets = start, self._demux()
             while position <= number:
                 packet = next(packets, None)
-                if packet is None or packet.dts != entries[position][0]:
+                if packet is None or packet.pts is None or packet.dts is None or packet.dts != entries[position][0]:
                     raise Unusable
                 if position >= start:  # between groups packets are read and dropped
                     delay = packet.pts - packet.dts if delay is None else delay  # constant where nothing is reordered
@@ -406,35 +240,10 @@ class Video:
                         yield number, frame
             codec.flush_buffers()
 
-    def _demux(self) -> Iterator[av.Packet]:
-        try:
-            yield from self.container.demux(self.stream)
-        except FFmpegError:  # a cut file ends here; what came before is good
-            return
-
-    def _too_long(self) -> LimitError:
-        return LimitError(f"{self.name} has more than {self.limits.frames} frames; leave it out or cut it.")
-
-    def _seek(self, timestamp: int) -> None:
-        self.container.seek(timestamp, stream=self.stream, backward=True)
-        self._dirty = True
-
     def _rewind(self) -> None:
-        """Start over; reopening is exact for every container, seeking to zero is not."""
         if self._dirty:
             self._table = None  # its packets belong to the decoder that goes
-            self.container.close()
-            self._open()
-        self._dirty = True
-
-
-def _is_cover(stream: av.VideoStream) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return text.split("\n")[0]
+        super()._rewind()
 
 
 def probe(source: Source, limits: Limits = DEFAULT_LIMITS, exact: bool = False) -> VideoInfo:

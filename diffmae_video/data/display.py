@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -103,7 +103,8 @@ def display_of(stream: av.VideoStream, name: str, matrix: tuple[int, ...] | None
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """The display matrix that comes with a frame: from the container, or the codec's own message."""
-    for data in frame.side_data:
+    for place in range(len(frame.side_data)):
+        data: Any = frame.side_data[place]
         if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
             return struct.unpack("=9i", bytes(data)[:36])
     return None

@@ -28,7 +28,7 @@ class Limits:
     """Duration of what becomes one sample (sharding only)."""
     bytes: int = 4 << 30
     """Size of a file or of a member of a tar."""
-    aspect: float = 32.0
+    aspect: float = 64.0
     """Longer by shorter side: what is scaled to a short side grows by this."""
 
     def check_size(self, name: str, width: int, height: int) -> None:

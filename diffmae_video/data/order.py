@@ -46,7 +46,9 @@ def epoch_order(shards: np.ndarray, seed: int, epoch: int, block: int) -> np.nda
     position = 0
     for first in range(0, len(visit), block):
         chosen = visit[first : first + block]
-        samples = np.concatenate([np.arange(starts[one], starts[one] + counts[one]) for one in chosen])
+        samples = np.concatenate(
+            [np.arange(int(starts[one]), int(starts[one] + counts[one])) for one in chosen.tolist()]
+        )
         order[position : position + len(samples)] = generator.permutation(samples)
         position += len(samples)
     return order

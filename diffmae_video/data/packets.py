@@ -24,12 +24,13 @@ class PacketTable:
     def presentation(self) -> list[int] | None:
         """Places of the shown packets in display order, or None where times do not tell."""
         shown = [place for place in range(len(self.pts)) if place not in self.hidden]
-        if not shown or not self.keys or self.keys[0] != 0 or self.corrupt or None in self.pts:
+        pts = [stamp for stamp in self.pts if stamp is not None]
+        if not shown or not self.keys or self.keys[0] != 0 or self.corrupt or len(pts) < len(self.pts):
             return None
-        stamps = {self.pts[place] for place in shown}
-        if len(stamps) != len(shown) or min(stamps) < self.pts[0]:
+        stamps = {pts[place] for place in shown}
+        if len(stamps) != len(shown) or min(stamps) < pts[0]:
             return None
-        return sorted(shown, key=self.pts.__getitem__)
+        return sorted(shown, key=pts.__getitem__)
 
 
 def nal_length(codec: av.VideoCodecContext) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import cast
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from diffmae_video.data.display import Display
@@ -15,7 +17,7 @@ Box = tuple[int, int, int, int]
 """A crop in pixels of the displayed frame: left, top, width, height."""
 
 
-class Canvas:
+class ClipFrames:
     """The clips of one video while its frames come in; frames may come in any order and more than once.
 
     Args:
@@ -40,9 +42,15 @@ class Canvas:
         self.painters = [Painter(crop, size, display) for crop in crops]
         self.frames: list[np.ndarray | None] = [None] * len(indices)
         if size and len(set(self.lengths)) == 1:  # one block: many large arrays would be mapped anew for every video
-            self.frames = list(np.empty((len(indices), self.lengths[0], 3, *size), np.uint8))  # (clips, T, C, H, W)
+            self.frames = [*np.empty((len(indices), self.lengths[0], 3, *size), np.uint8)]  # (clips, T, C, H, W)
         self.times = [np.full(length, np.nan) for length in self.lengths]
         self.missing = set(self.wanted)
+
+    def clips(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Frames and times of each clip, once nothing is missing."""
+        for frames, times in zip(self.frames, self.times, strict=True):
+            assert frames is not None
+            yield frames, times
 
     def take(self, number: int, frame: av.VideoFrame, time: float, stands_for: int | None = None) -> None:
         """Paint frame `number` wherever it is wanted, or where the frame it stands in for is."""
@@ -59,7 +67,8 @@ class Painter:
     def __init__(self, crop: Box | None, size: tuple[int, int] | None, display: Display):
         self.crop, self.size, self.display = crop, size, display
         self.reformatter, self.rare = VideoReformatter(), VideoReformatter()
-        self.graph, self.graph_key = None, None
+        self.graph: Graph | None = None
+        self.graph_key: tuple[object, ...] = ()
 
     def paint(self, frame: av.VideoFrame, out: np.ndarray | None, length: int, slot: int) -> np.ndarray:
         """Write a frame into `out[slot]`; without `out`, make the array of `length` frames first."""
@@ -81,23 +90,24 @@ class Painter:
         elif self.crop is None:
             planar = self.reformatter.reformat(frame, columns, rows, "gbrp", threads=1)
         else:
-            planar = self._through_graph(frame, (rows, columns))
+            planar = self._through_graph(frame, self.crop, (rows, columns))
         for channel, plane in enumerate((planar.planes[2], planar.planes[0], planar.planes[1])):  # G, B, R in memory
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
             out[slot, channel] = pixels[y : y + rows, x : x + columns]
         return out
 
-    def _through_graph(self, frame: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
+    def _through_graph(self, frame: av.VideoFrame, crop: Box, size: tuple[int, int]) -> av.VideoFrame:
         """Crop and scale in one pass: FFmpeg's crop moves pointers, so only the box is converted."""
-        if min(self.crop[2:]) < 2:  # less than a chroma sample wide, which FFmpeg's crop makes nothing of
-            left, top, width, height = self.crop
+        left, top, width, height = crop
+        if min(width, height) < 2:  # less than a chroma sample wide, which FFmpeg's crop makes nothing of
             rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            box = np.ascontiguousarray(rgb[top : top + height, left : left + width])
-            return VideoReformatter().reformat(av.VideoFrame.from_ndarray(box, "rgb24"), *size[::-1], "gbrp", threads=1)
+            box = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(rgb[top : top + height, left : left + width], np.uint8), "rgb24"
+            )
+            return VideoReformatter().reformat(box, size[1], size[0], "gbrp", threads=1)
         key = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
-        if key != self.graph_key:
-            left, top, width, height = self.crop
-            graph = av.filter.Graph()
+        if self.graph is None or key != self.graph_key:
+            graph = Graph()
             graph.threads = 1
             layout = f"video_size={key[0]}x{key[1]}:pix_fmt={key[2]}:colorspace={key[3]}:range={key[4]}"
             nodes = [
@@ -112,4 +122,4 @@ class Painter:
             graph.configure()
             self.graph, self.graph_key = graph, key
         self.graph.vpush(frame)
-        return self.graph.vpull()
+        return cast(av.VideoFrame, self.graph.vpull())

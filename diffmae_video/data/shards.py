@@ -35,10 +35,10 @@ class TarShard:
     """Build one shard in memory or in a file: ustar members, fixed time and owner, no PAX headers."""
 
     def __init__(self, stream: Any):
-        import webdataset
+        from webdataset.writer import TarWriter
 
         self.stream = stream
-        self.tar = webdataset.TarWriter(
+        self.tar = TarWriter(
             stream, mtime=_MTIME, user="diffmae", group="diffmae", encoder=False, format="USTAR_FORMAT"
         )
         self.rows: list[dict[str, Any]] = []

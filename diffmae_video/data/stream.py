@@ -63,7 +63,7 @@ def build_stream(
     plan = StreamPlan(
         split=split,
         frames=frames,
-        size=tuple(size),
+        size=(size[0], size[1]),
         videos=batch_size // repeats,
         repeats=repeats,
         training=training,
@@ -196,12 +196,14 @@ class ClipStream:
         return self._orders[epoch]
 
     def _account(self, batch: Batch) -> None:
-        """Move the state past a batch that is handed out, and stop a run whose data is mostly unreadable."""
+        """Move the state past a batch; stop a training whose data is often unreadable, or a pass that reads nothing."""
         self.epoch, self.consumed = divmod(batch.position, self.samples_per_epoch)
         self._seen += self.plan.videos
         for reason, count in batch.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + count
         bad = sum(self.bad.values())
+        if not self.plan.training and bad < self.samples_per_epoch:
+            return  # its reader says how many there were
         if bad > max(self.data.max_bad_fraction * max(self._seen, min(100, self.samples_per_epoch)), 0):
             told = ", ".join(f"{count} {reason}" for reason, count in self.bad.items())
             raise DataError(
@@ -233,11 +235,13 @@ class _Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self.stopped:
             raise RuntimeError("the stream was closed or its state was replaced: call iter(stream) again")
-        batch = next(self.iterator)
-        if isinstance(batch, Failure):
-            raise (StorageError if batch.storage else DataError)(batch.message)
-        self.stream._account(batch)
-        return batch
+        while True:
+            batch = next(self.iterator)
+            if isinstance(batch, Failure):
+                raise (StorageError if batch.storage else DataError)(batch.message)
+            self.stream._account(batch)
+            if len(batch.clips):  # one pass has no substitutes: a batch of unreadable samples is left out
+                return batch
 
     def stop(self) -> None:
         self.stopped = True

@@ -217,9 +217,8 @@ def _shown(video: Video, span: tuple[float, float] | None) -> Iterator[tuple[av.
     if head is None:
         return
     origin, least = video.time(head, 0), 1 / float(video.rate)
-    seeks = span is not None and span[0] > 10
-    source = video.decode_from(origin + span[0]) if seeks else itertools.chain([head], source)
     start, end = span or (0.0, math.inf)
+    source = video.decode_from(origin + start) if start > 10 else itertools.chain([head], source)
     last = -math.inf
     for number, frame in enumerate(source):
         time = video.time(frame, number) - origin

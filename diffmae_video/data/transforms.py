@@ -153,7 +153,7 @@ class ClipTransform:
         return clip.as_subclass(Tensor)
 
 
-_ERASING = v2.RandomErasing(p=1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=[0.0])
+_ERASING = v2.RandomErasing(p=1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0.0)
 
 
 def erase(clip: Tensor) -> Tensor:

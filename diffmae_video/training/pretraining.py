@@ -86,7 +86,7 @@ class PretrainTask:
         """Loss on the first clips of the validation split, with masks and noise that never change."""
         if self.open_validation is None:
             return {}
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64)  # losses, clips, unreadable samples
         limit = VALIDATION_CLIPS // self.distributed.world
         size = max(1, self.settings.train.batch_size // self.settings.train.accumulate // self.distributed.world)
         if self.distributed.world > 1 and self.settings.train.sharding == "fsdp":
@@ -96,13 +96,16 @@ class PretrainTask:
             for batch in stream:
                 clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
                 output = model(clips, mask, self.model.draw(batch.seeds, mask))
-                total += torch.stack([output.per_sample.sum().cpu().double(), torch.tensor(float(len(clips)))])
+                total[0] += output.per_sample.sum().cpu().double()
+                total[1] += len(clips)
                 if total[1] >= limit:
                     break
+            total[2] = sum(stream.bad.values())
         finally:
             stream.close()
         total = self.distributed.sum(total)
-        return {"val_loss": float(total[0] / total[1])} if total[1] else {}
+        found = {"val_loss": float(total[0] / total[1])} if total[1] else {}
+        return found | ({"val_unreadable": float(total[2])} if total[2] else {})
 
     @torch.no_grad()
     def pictures(self, model: nn.Module, step: int) -> dict[str, np.ndarray]:
@@ -112,9 +115,11 @@ class PretrainTask:
             return {}
         if self._shown is None:
             stream = self.open_validation(PICTURE_CLIPS, True)
-            self._shown = next(iter(stream))
+            self._shown = next(iter(stream), None)
             stream.close()
         batch = self._shown
+        if batch is None:
+            return {}
         clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
         borrow = self.settings.model.target == "norm_pixel"
         first = None
