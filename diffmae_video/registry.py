@@ -81,6 +81,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is none; the message lists the names.
         """
+        if name in self._parts:
+            return self._parts[name]
         self.check(name)
         if name not in self._parts:
             for home in self.homes:

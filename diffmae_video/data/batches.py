@@ -183,18 +183,22 @@ class ClipReader(Dataset):
                 info = video.info
                 frames, width, height = info.frames, info.width, info.height
             fps = float(self.table.fps[sample]) or video.info.fps
-            indices = [self.frame_numbers(frames, fps, generator) for generator in generators]
+            times = video.times() if self.data.clip_seconds else None
+            indices = [self.frame_numbers(frames, fps, generator, times) for generator in generators]
             boxes = [self.transform.box(width, height, generator) for generator in generators]
             clips = video.clips(indices, boxes, self.transform.size)
         if not self.plan.training:
             return [clip.frames for clip in clips]
         return [self.transform.augment(clip.frames, draw) for clip, draw in zip(clips, generators, strict=True)]
 
-    def frame_numbers(self, frames: int, fps: float, generator: torch.Generator) -> list[int]:
+    def frame_numbers(
+        self, frames: int, fps: float, generator: torch.Generator, times: np.ndarray | None = None
+    ) -> list[int]:
         """Frames of one clip: from a random place in training, from the middle when testing."""
         draws = generator if self.plan.training else None
         if self.data.clip_seconds and fps > 0:
-            return frames_by_seconds(frames, fps, self.plan.frames, self.data.clip_seconds, draws)
+            times = times if times is not None and len(times) == frames else np.arange(frames) / fps
+            return frames_by_seconds(times, self.plan.frames, self.data.clip_seconds, draws)
         return frames_by_stride(frames, self.plan.frames, self.data.stride, draws)
 
     def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:

@@ -96,6 +96,21 @@ class Video(VideoFile):
                 self._counted = len(order) if order is not None else sum(1 for _ in self.decode_all())
         return self._counted
 
+    def times(self) -> np.ndarray | None:
+        """When each frame is shown, seconds from the first, float64 (frames,); None where the packets do not tell."""
+        if self.counts_frames or not self.stream.time_base:
+            return None
+        entries = self._index()
+        if entries is not None:
+            stamps = [stamp for stamp, _ in entries]  # times of decoding: nothing is reordered
+        else:
+            order, pts = self._shown(), self._packets().pts
+            stamps = [pts[place] for place in order or ()]
+        if not stamps or None in stamps:
+            return None
+        found = np.asarray(stamps, np.float64) * float(self.stream.time_base)
+        return found - found[0]
+
     def clips(
         self,
         indices: Sequence[Sequence[int]],

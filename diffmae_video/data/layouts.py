@@ -105,8 +105,9 @@ def _settle(listing: Listing) -> None:
 
 def _guess(tree: Tree) -> str:
     """The first layout that the folder looks like; those of other packages come first, they are the most particular."""
-    names = sorted(layouts.names(), key=lambda name: layouts.get(name).__module__.startswith("diffmae_video."))
-    return next(name for name in names if layouts.get(name)(tree, 1) is not None)
+    found = {name: layouts.get(name) for name in layouts.names()}
+    names = sorted(found, key=lambda name: found[name].__module__.startswith("diffmae_video."))
+    return next(name for name in names if found[name](tree, 1) is not None)
 
 
 def _with_keys(items: list[Item]) -> list[Item]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import diffmae_video.compat  # noqa: F401
 
+import numpy as np
 import torch
 
 from diffmae_video.data.transforms import draws_from
@@ -23,22 +22,27 @@ def frames_by_stride(frames: int, count: int, stride: int, generator: torch.Gene
     return [min(start + i * stride, frames - 1) for i in range(count)]
 
 
-def frames_by_seconds(
-    frames: int, fps: float, count: int, seconds: float, generator: torch.Generator | None
-) -> list[int]:
-    """Frames spread evenly over a span of `seconds`, whatever the frame rate.
+def frames_by_seconds(times: np.ndarray, count: int, seconds: float, generator: torch.Generator | None) -> list[int]:
+    """Frames spread evenly over a span of `seconds`, whatever the frame rate, also where it varies.
 
-    pytorchvideo's RandomClipSampler chooses the span (without a generator it is the middle one), and the frames are
-    those of its UniformTemporalSubsample over the frames shown in [start, end).
+    pytorchvideo's RandomClipSampler chooses the span (without a generator it is the middle one). At a constant rate the
+    frames are those of its UniformTemporalSubsample over the frames shown in [start, end).
+
+    Args:
+        times: when each frame of the video is shown, seconds from the first, rising.
+        count: frames of the clip.
     """
     from pytorchvideo.data.clip_sampling import RandomClipSampler
 
-    duration = frames / fps
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    duration = float(times[-1]) + gap
     if generator is None:
         start = max(0.0, duration - seconds) / 2
     else:
         with draws_from(generator):
             start = float(RandomClipSampler(seconds)(0.0, duration, {}).clip_start_sec)
-    first = min(math.ceil(start * fps - 1e-6), frames - 1)
-    last = min(max(first, math.ceil((start + seconds) * fps - 1e-6) - 1), frames - 1)
-    return torch.linspace(first, last, count).long().tolist()
+    slack = 1e-6 * gap
+    first = min(int(np.searchsorted(times, start - slack)), len(times) - 1)
+    last = min(max(first, int(np.searchsorted(times, start + seconds - slack)) - 1), len(times) - 1)
+    instants = np.linspace(times[first], times[last], count)
+    return (np.searchsorted(times, instants + slack, side="right") - 1).clip(first, last).tolist()
