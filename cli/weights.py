@@ -65,6 +65,29 @@ def import_command(
         int | None,
         typer.Option("--decoder-heads", min=1, envvar="DIFFMAE_DECODER_HEADS", help="Decoder heads."),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", metavar="HxW", envvar="DIFFMAE_SIZE", help="Pixels of its pictures; 224x224 or as told."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="NAME", envvar="DIFFMAE_KEY", help="Table of a file with several: model_ema."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            envvar="DIFFMAE_TARGET",
+            help="What its decoder predicts; pixel, norm_pixel, ...",
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option("--classes", metavar="FILE", envvar="DIFFMAE_CLASSES", help="Class names, one a line."),
+    ] = None,
     allow_partial: Annotated[
         bool,
         typer.Option("--allow-partial", envvar="DIFFMAE_ALLOW_PARTIAL", help="Accept tensors that do not fit."),
@@ -83,6 +106,10 @@ def import_command(
         inflate=inflate.value,
         heads=heads,
         decoder_heads=decoder_heads,
+        size=size,
+        key=key,
+        target=target,
+        classes=classes,
         allow_partial=allow_partial,
     )
 

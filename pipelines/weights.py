@@ -12,7 +12,14 @@ from diffmae_video.pipelines.workspace import Workspace
 
 
 def import_file(
-    source: str, file: Path, *, out: Path | None = None, overwrite: bool = False, **options: Any
+    source: str,
+    file: Path,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    size: str | None = None,
+    classes: Path | None = None,
+    **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Turn another project's file into a model folder.
 
@@ -21,6 +28,8 @@ def import_file(
         file: its weights.
         out: folder; named after the file by default.
         overwrite: write into a folder that holds something.
+        size: `HEIGHTxWIDTH` of the pictures it was trained on.
+        classes: text file of class names, one a line, in the head's order.
         options: of `models.importers.import_weights`.
 
     Returns:
@@ -35,16 +44,55 @@ def import_file(
     target = out or Path(f"{file.stem}-imported")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"--out {target} is not empty; choose a new folder or pass --overwrite.")
+    options |= {"size": parse_size(size), "classes": None if classes is None else read_class_names(classes)}
     model = import_weights(source, file, **options)
     save_model(model, target)
     for problem in model.info["problems"]:
         console.say(f"  {problem}")
-    size = model.encoder
+    if others := model.info.get("other_tables"):
+        console.say(f"  Took {model.info.get('key')} of {file}; --key {others[0]} takes another table of it.")
+    encoder, settings = model.encoder, model.settings
+    said = f"{settings.frames} frames of {settings.size[1]}x{settings.size[0]}"
+    if getattr(model, "decoder", None) is not None:
+        said += f", decoder that predicts {settings.target}"
+    elif model.num_classes:
+        names = "" if model.info.get("classes") else " without names (--classes FILE gives them)"
+        said += f", {model.num_classes} classes{names}, {model.pool} pooling"
     console.say(
-        f"Imported {model.info['imported_from']} into {target}: {type(model).__name__}, {size.width} wide, "
-        f"{size.depth} blocks, {size.heads} heads. Use it with `finetune --init {target}`, or as --checkpoint."
+        f"Imported {model.info['imported_from']} into {target}: {type(model).__name__}, {encoder.width} wide, "
+        f"{encoder.depth} blocks, {encoder.heads} heads; {said}. Use it with `finetune --init {target}`, or as "
+        "--checkpoint."
     )
     return target, model.info
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`HEIGHTxWIDTH` in pixels.
+
+    Raises:
+        UsageError: it is not written so.
+    """
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()) or not 0 < int(height) * int(width) <= 2**26:
+        raise UsageError(f"--size {text}: write it as HEIGHTxWIDTH in pixels, for example 224x224.")
+    return int(height), int(width)
+
+
+def read_class_names(file: Path) -> list[str]:
+    """Class names of a text file, one a line; empty lines at its end are left out.
+
+    Raises:
+        UsageError: it cannot be read, has an empty line in between or a name twice.
+    """
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes {file} cannot be read ({error}); give a text file, one name a line.") from error
+    if not names or "" in names or len(set(names)) < len(names):
+        raise UsageError(f"--classes {file} must hold one name a line, none empty and none twice; correct it.")
+    return names
 
 
 def export(

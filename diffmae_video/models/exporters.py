@@ -114,6 +114,12 @@ def _write_timm(model: DiffMAE | Classifier, directory: Path) -> None:
     mean_pool = isinstance(model, Classifier) and model.pool == "mean"
     if mean_pool:
         tensors = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in tensors.items()}
+    for name in ("layer_norm_eps", "encoder_norm_eps"):
+        if getattr(settings, name) not in (None, 1e-6):
+            raise UsageError(
+                f"--format timm: timm's ViT has a LayerNorm epsilon of 1e-6, and this model's {name} is "
+                f"{getattr(settings, name)}; export it as safetensors or onnx."
+            )
     mean, std = PIXEL_NORMS[settings.pixel_norm]
     pool = "avg" if mean_pool else "token" if settings.class_token else ""
     config = {
@@ -153,6 +159,14 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
             "joint decoder of objective 'mae') and ViTMAE (images with a class token and that decoder, tubelet = 1); "
             "export this model as safetensors, timm or onnx."
         )
+    fixed = {"encoder_norm_eps": video, "decoder_norm_eps": mae}  # transformers takes 1e-5 there, or the common one
+    for name, concerned in fixed.items():
+        value = getattr(settings, name) or settings.layer_norm_eps
+        if concerned and value > 1e-5:
+            raise UsageError(
+                f"--format hf: transformers' epsilon of that LayerNorm is 1e-5, and this model's {name} is {value}; "
+                "export it as safetensors or onnx."
+            )
     tensors: dict[str, Tensor] = {}
     rules = TO_HF + (TO_VIDEOMAE if video else TO_VITMAE)
     for name, tensor in mae_names(model).items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,20 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
-from diffmae_video.models.tensors import Tensors, read_tensors, tensor_problems
+from diffmae_video.models.tensors import Tensors, read_tables, tensor_problems
 from diffmae_video.models.weights import DESCRIPTION, WEIGHTS, load_model
 
 SOURCES = ("auto", "mae", "mae_st", "videomae", "timm", "hf-vitmae", "hf-videomae")
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # published ViTs, by width
 
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|model\.|backbone\.)+")
+"""What DDP, torch.compile and training code put before names, in any order."""
+
 RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"^(module\.|model\.|backbone\.|vit\.|videomae\.)+", ""),
+    (WRAPPERS.pattern, ""),
+    (r"^(vit|videomae)\.", ""),
+    (r"^dec_pos_embed(_spatial|_temporal|_class)?$", r"decoder_pos_embed\1"),  # PySlowFast
     (r"^embeddings\.(cls_token)$", r"\1"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -60,17 +65,23 @@ RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 def detect_source(tensors: Tensors) -> str:
     """Which project tensors come from, judged by their names and shapes."""
-    names = set(tensors)
-    if any(name.startswith(("vit.embeddings", "decoder.decoder_pos_embed")) for name in names):
+    bare = {WRAPPERS.sub("", name): tensor.dim() for name, tensor in tensors.items()}
+    if any(name.startswith(("vit.embeddings", "decoder.decoder_pos_embed")) for name in bare):
         return "hf-vitmae"
-    if any(name.startswith("videomae.") for name in names):
+    if any(name.startswith("videomae.") for name in bare):
         return "hf-videomae"
-    bare = {re.sub(r"^(module\.|model\.|backbone\.)+", "", name): tensor.dim() for name, tensor in tensors.items()}
     if "encoder.patch_embed.proj.weight" in bare:
         return "videomae"
     if "patch_embed.proj.weight" not in bare:
         raise DataError("These tensors are of no known project (no patch embedding is among them); name a ViT's file.")
+    if any(name.startswith(("wfm.", "decoder_blocks.0.cross_attn", "dec_norms.")) for name in bare):
+        raise DataError(
+            "These tensors are CrossMAE's, whose decoder mixes all encoder outputs by learned weights, which ours does "
+            "not do: import its encoder alone (a file without the decoder_, dec_norms and wfm tensors)."
+        )
     if bare["patch_embed.proj.weight"] == 5:
+        if any("_bias" in name and name.endswith(("attn.q_bias", "attn.v_bias")) for name in bare):
+            return "videomae"  # fine-tuned, with learned positions or without
         return "mae_st" if "cls_token" in bare or any("pos_embed" in name for name in bare) else "videomae"
     return "mae" if any(name.startswith(("decoder_", "mask_token")) for name in bare) else "timm"
 
@@ -110,6 +121,9 @@ def import_weights(
     decoder_heads: int | None = None,
     inflate: str = "central",
     allow_partial: bool = False,
+    key: str | None = None,
+    target: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DiffMAE | Classifier:
     """Build our model from another project's weights.
 
@@ -125,6 +139,9 @@ def import_weights(
         decoder_heads: decoder heads; else the habit of the source.
         inflate: how 2-D kernels become 3-D: `central` (the middle frame sees) or `mean` (an image keeps its tokens).
         allow_partial: keep initial values for what is missing and drop what does not fit, instead of an error.
+        key: table of a PyTorch file that holds several, for example `model_ema`.
+        target: what the decoder predicts, where the file does not say: `pixel` for MAE's weights for pictures.
+        classes: names of the head's classes, in its order; else those of a Hugging Face folder.
 
     Raises:
         UsageError: an unknown source, or a file of another one.
@@ -134,14 +151,23 @@ def import_weights(
         raise UsageError(f"SOURCE {source}: choose one of {', '.join(SOURCES)}.")
     if inflate not in ("central", "mean"):
         raise UsageError(f"--inflate {inflate}: choose central or mean.")
-    raw = read_tensors(file)
+    raw, taken, others = read_tables(file, key)
+    damaged = [name for name, tensor in raw.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if damaged:
+        raise DataError(f"{file}: {damaged[0]} holds values that are no numbers; ask for an undamaged checkpoint.")
     found = detect_source(raw)
     if source not in ("auto", found) and not (source, found) == ("mae", "timm"):  # MAE's encoders carry timm's names
         raise UsageError(f"{file} looks like weights of {found}, not of {source}; correct SOURCE, or give auto.")
     known = found if source == "auto" else source
     config = _read_config(Path(file))
+    pool = _pool(raw, found, config, str(file))
     settings, converted = translate(raw, known, frames, size, heads, decoder_heads, inflate, config)
-    model = build(settings, converted, found)
+    if target is not None:
+        if not any(name.startswith("decoder.") for name in converted):
+            raise UsageError(f"--target {target}: {file} has no decoder, which alone has a target; leave it out.")
+        settings = settings.model_copy(update={"target": target})
+        settings = ModelSettings.model_validate(settings.model_dump())
+    model = build(settings, converted, pool)
     problems = tensor_problems(model, converted)
     if problems and not allow_partial:
         raise DataError(
@@ -151,7 +177,55 @@ def import_weights(
     fitting = {name: value for name, value in converted.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
     model.info = {"imported_from": found, "file": Path(file).name, "problems": problems}
+    if taken is not None:
+        model.info["key"] = taken
+    if others:
+        model.info["other_tables"] = others
+    names = list(classes) if classes is not None else _class_names(config)
+    if isinstance(model, Classifier) and model.num_classes and names:
+        if len(names) != model.num_classes:
+            raise UsageError(
+                f"--classes: {len(names)} names for the {model.num_classes} classes of {file}; give one a class."
+            )
+        model.info["classes"] = names
+    elif classes is not None:
+        raise UsageError(f"--classes: {file} has no head that they could name; leave it out.")
     return model
+
+
+def _class_names(config: dict[str, Any]) -> list[str]:
+    """Names of a Hugging Face config's id2label; none where they only say LABEL_0, LABEL_1, ..."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        return []
+    names = [str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0]))]
+    return [] if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+
+
+def _pool(raw: Tensors, source: str, config: dict[str, Any], file: str) -> str:
+    """How the classifier of such tensors pools: `mean` of the patches or the `class` token.
+
+    MAE, VideoMAE and timm rename the last norm to `fc_norm` where it acts behind a mean; a class token with a `norm`
+    before the head is classified by that token. mae_st averages patches and calls the norm `norm`.
+
+    Raises:
+        DataError: a way of pooling that this model does not have.
+    """
+    if config.get("use_mean_pooling") is False and any(
+        WRAPPERS.sub("", name).startswith("classifier.") for name in raw
+    ):
+        raise DataError(
+            f"{file} classifies by its first patch (use_mean_pooling = false), which this model cannot do; fine-tune "
+            "its encoder, or take a checkpoint with mean pooling."
+        )
+    names = set(canonical_names(raw))
+    if config.get("global_pool") == "avg" and "fc_norm.weight" not in names and "norm.weight" in names:
+        raise DataError(
+            f"{file} averages tokens behind their norm (timm's fc_norm = false), which this model cannot do; take a "
+            "checkpoint with fc_norm."
+        )
+    averages = source not in ("timm", "mae") or "fc_norm.weight" in names or "cls_token" not in names
+    return "mean" if averages else "class"
 
 
 def translate(
@@ -193,23 +267,44 @@ class _Geometry:
         self.inflated = self.flat_image and (frames or 1) > 1
         self.tubelet = 2 if self.inflated else 1 if self.flat_image else kernel.shape[2]
         side = config.get("image_size", 224)
-        height, width = size or ((side, side) if isinstance(side, int) else tuple(side))
-        times = max(1, (frames or config.get("num_frames") or 16) // self.tubelet)
-        if self.flat_image:
-            times = (frames or 1) // self.tubelet or 1
-        classes = 1 if "cls_token" in tensors else 0
+        told = size or ((side, side) if isinstance(side, int) else tuple(side))
+        rows, columns = told[0] // self.patch, told[1] // self.patch
+        wanted = (frames or 1) // self.tubelet if self.flat_image else frames and frames // self.tubelet
+        times = max(1, wanted or config.get("num_frames", 16) // self.tubelet)
         if "pos_embed_spatial" in tensors:
-            height = width = self.patch * math.isqrt(tensors["pos_embed_spatial"].shape[1])
+            rows, columns = self._square(tensors["pos_embed_spatial"].shape[1], rows, columns)
             times = tensors["pos_embed_temporal"].shape[1]
-        elif "pos_embed" in tensors:
+        elif "pos_embed" in tensors and self.flat_image:
             count = tensors["pos_embed"].shape[1]
-            if self.flat_image:
-                count -= "cls_token" in tensors and math.isqrt(count) ** 2 != count
-                height = width = self.patch * math.isqrt(count)
-            else:
-                height = width = self.patch * math.isqrt((count - classes) // times)
+            if "cls_token" in tensors and count != rows * columns and math.isqrt(count) ** 2 != count:
+                count -= 1
+            rows, columns = self._square(count, rows, columns)
+        elif "pos_embed" in tensors:
+            count = tensors["pos_embed"].shape[1] - ("cls_token" in tensors)
+            if wanted is None and size is None and "num_frames" not in config and count % (rows * columns) == 0:
+                times = count // (rows * columns)  # 224 pixels a side are the rule; their number tells the frames
+            if count % times:
+                raise UsageError(f"{count} positions do not divide into {times} times; give --frames and --size.")
+            rows, columns = self._square(count // times, rows, columns)
+        height, width = rows * self.patch, columns * self.patch
         self.frames, self.size = (1 if self.flat_image and not self.inflated else times * self.tubelet), (height, width)
         self.shape = (times, height // self.patch, width // self.patch)
+
+    @staticmethod
+    def _square(count: int, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of `count` places: those that are told where they fit, else a square.
+
+        Raises:
+            UsageError: neither fits.
+        """
+        if rows * columns == count:
+            return rows, columns
+        side = math.isqrt(count)
+        if side * side != count:
+            raise UsageError(
+                f"{count} positions are no square grid: give --size HEIGHTxWIDTH of the training pictures."
+            )
+        return side, side
 
     def inflate(self, tensors: Tensors, how: str) -> Tensors:
         """2-D kernels as 3-D ones: of one frame, or spread over a tubelet."""
@@ -237,7 +332,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{config} cannot be read ({error}); download it again.") from error
-    return content if isinstance(content, dict) and "hidden_size" in content else {}
+    if not isinstance(content, dict):
+        return {}
+    if "hidden_size" in content:
+        return content
+    args = content.get("model_args")  # timm's
+    if "architecture" not in content or not isinstance(args, dict):
+        return {}
+    known = {"num_heads": "num_attention_heads", "img_size": "image_size", "global_pool": "global_pool"}
+    return {ours: args[name] for name, ours in known.items() if name in args}
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
@@ -279,7 +382,7 @@ def _settings(
         fields["positions"] = "joint" if tables else "learned"
     if "blocks.0.mlp.fc1.weight" in tensors:
         fields["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / width
-    if config and "head.weight" in tensors:
+    if "hidden_size" in config and "head.weight" in tensors:  # transformers
         fields["encoder_norm_eps"] = 1e-5
     if decoder_depth:
         decoder_width = tensors["decoder_pred.weight"].shape[1]
@@ -305,9 +408,8 @@ def to_ours(tensors: Tensors, settings: ModelSettings) -> Tensors:
     """mae's names to ours; class positions are added to class tokens, which have no place here."""
     tensors = dict(tensors)
     out: Tensors = {}
-    times = max(1, settings.frames // settings.tubelet)
     for prefix, ours in (("", "encoder."), ("decoder_", "decoder.")):
-        place = _positions(tensors, prefix, times, settings.positions)
+        place = _positions(tensors, prefix, settings)
         token = tensors.pop(f"{prefix}cls_token", None)
         at_class = place.pop("class", None)
         if token is not None:
@@ -337,8 +439,10 @@ def to_ours(tensors: Tensors, settings: ModelSettings) -> Tensors:
     return out
 
 
-def _positions(tensors: Tensors, prefix: str, times: int, kind: str) -> Tensors:
+def _positions(tensors: Tensors, prefix: str, settings: ModelSettings) -> Tensors:
     """Take the position tables of encoder or decoder out of `tensors`, as ours: spatial and temporal, or joint."""
+    kind, times = settings.positions, max(1, settings.frames // settings.tubelet)
+    places = math.prod(side // settings.patch for side in settings.size)
     if f"{prefix}pos_embed_spatial" in tensors:
         spatial = tensors.pop(f"{prefix}pos_embed_spatial")  #   (1, S, D)
         temporal = tensors.pop(f"{prefix}pos_embed_temporal")  # (1, T/t, D)
@@ -349,20 +453,18 @@ def _positions(tensors: Tensors, prefix: str, times: int, kind: str) -> Tensors:
     table = tensors.pop(f"{prefix}pos_embed", None)
     if table is None:
         return {}
-    count = table.shape[1] // times * times if kind == "joint" else math.isqrt(table.shape[1]) ** 2
-    classes = table.shape[1] - count
+    classes = table.shape[1] - (times * places if kind == "joint" else places)
     place = {"class": table[:, :1] if classes else None}
     if kind == "joint":
         return place | {"joint": table[:, classes:]}
     return place | {"spatial": table[:, classes:], "temporal": torch.zeros(1, times, table.shape[2])}
 
 
-def build(settings: ModelSettings, converted: Tensors, source: str) -> DiffMAE | Classifier:
-    """The model, with initial weights, that holds such tensors; `source` tells what a class token is for."""
+def build(settings: ModelSettings, converted: Tensors, pool: str = "mean") -> DiffMAE | Classifier:
+    """The model, with initial weights, that holds such tensors; `pool` is that of a classifier."""
     if any(name.startswith("decoder.") for name in converted):
         return DiffMAE(settings)
     classes = converted["head.weight"].shape[0] if "head.weight" in converted else 0
-    pool = "class" if source == "timm" and settings.class_token and "fc_norm.weight" not in converted else "mean"
     return Classifier(Encoder(settings), classes, pool=pool)
 
 

@@ -163,7 +163,7 @@ def check_arrivals(shapes: dict[str, tuple[int, ...]], source: str, absent: list
     assert detect_source(tensors) in (source, *(["timm"] if source == "mae" else []))
     settings, ours = translate(tensors, source)
     with torch.device("meta"):
-        model = build(settings, ours, source)
+        model = build(settings, ours)
     assert tensor_problems(model, ours) == absent  # nothing missing, unexpected or misshapen
     unread = set(names.values())
     for name, tensor in ours.items():
