@@ -276,8 +276,9 @@ class _Geometry:
             times = tensors["pos_embed_temporal"].shape[1]
         elif "pos_embed" in tensors and self.flat_image:
             count = tensors["pos_embed"].shape[1]
-            if "cls_token" in tensors and count != rows * columns and math.isqrt(count) ** 2 != count:
-                count -= 1
+            if "cls_token" in tensors and count != rows * columns:
+                fits, square = count - 1 == rows * columns, math.isqrt(count) ** 2 == count
+                count -= fits or not square
             rows, columns = self._square(count, rows, columns)
         elif "pos_embed" in tensors:
             count = tensors["pos_embed"].shape[1] - ("cls_token" in tensors)
