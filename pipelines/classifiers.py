@@ -33,8 +33,14 @@ class Loaded:
 
     @property
     def classes(self) -> list[str]:
-        """Class names of a classifier."""
-        return list(self.info.get("classes") or [])
+        """Class names of a classifier; `class 0`, `class 1`, ... where its weights came without names."""
+        count = getattr(self.model, "num_classes", 0)
+        return list(self.info.get("classes") or []) or [f"class {number}" for number in range(count)]
+
+    @property
+    def named(self) -> bool:
+        """Whether the class names came with the weights."""
+        return bool(self.info.get("classes"))
 
     @property
     def precision(self) -> str:
@@ -85,7 +91,7 @@ def load_classifier(
         DataError: the weights are those of a pre-training.
     """
     loaded = load(source, device, overrides, seed)
-    if loaded.info.get("kind") != "classifier" or not loaded.classes:
+    if not loaded.classes:
         raise DataError(f"{source} is no classifier; fine-tune it first with `diffmae finetune --task NAME`.")
     return loaded
 

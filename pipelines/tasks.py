@@ -8,6 +8,8 @@ from diffmae_video.data.datasets import dataset_info, dataset_names
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.predictions import class_difference
+from diffmae_video.pipelines import console
+from diffmae_video.pipelines.classifiers import Loaded
 
 
 def open_task_shards(task: str, path: str, origin: str) -> Manifest:
@@ -38,12 +40,21 @@ def default_views(manifest: Manifest) -> str:
     return "1x1" if manifest.kind == "image" else "5x3"
 
 
-def check_classes(checkpoint: str | Path, trained: list[str], manifest: Manifest) -> None:
+def check_classes(checkpoint: str | Path, loaded: Loaded, manifest: Manifest) -> None:
     """Labels of a classifier and of data must be the same: names, count and order.
+
+    Weights that came without names (an import) are taken to have the names of the data in their order, which is said.
 
     Raises:
         DataError: names the first difference.
     """
+    trained = loaded.classes
+    if not loaded.named and len(trained) == len(manifest.classes):
+        console.say(
+            f"{checkpoint} came without class names: its {len(trained)} classes are taken to be those of the data, "
+            "in their order; `diffmae import --classes FILE` names them."
+        )
+        return
     if difference := class_difference(trained, manifest.classes):
         difference = difference.replace("the first", "the checkpoint").replace("the second", "the data")
         raise DataError(

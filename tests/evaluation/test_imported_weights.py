@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,3 +121,24 @@ def test_import_finetune_eval(
         torch.testing.assert_close(tuned.encoder.get_parameter(key), tensors[key], atol=1e-6, rtol=0)
     assert run(["eval", *options, "--views", "1x1"]) == 0
     assert (tmp_path / "runs" / "eval-001" / "eval.json").is_file()
+
+
+def test_imported_classifiers_are_evaluated_with_the_names_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_shards(tmp_path / "shards", {"train": 3, "val": 3})
+    Workspace.here().record("shards", tmp_path / "shards", dataset="squares")
+    torch.manual_seed(0)
+    tensors = image_vit()
+    for classes in (3, 5):  # the data has three
+        tensors["head.weight"], tensors["head.bias"] = torch.randn(classes, WIDTH), torch.zeros(classes)
+        save_file(tensors, tmp_path / f"tuned{classes}.safetensors")
+        arguments = ["--out", f"peer{classes}", "--heads", "3", "--frames", "4"]
+        assert run(["import", "timm", f"tuned{classes}.safetensors", *arguments]) == 0
+    options = ["--task", "squares", "--device", "cpu", "--views", "1x1"]
+    assert run(["eval", *options, "--checkpoint", "peer3", "--out", "result"]) == 0
+    assert "came without class names: its 3 classes are taken to be those of the data" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result" / "eval.json").read_text())["classes"] == 3
+    assert run(["eval", *options, "--checkpoint", "peer5"]) == 3
+    assert "The labels of peer5 are not those of" in capsys.readouterr().err
