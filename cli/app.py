@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffmae_video._version import __version__
-from diffmae_video.cli import demo, recognition, render, shard, system, train, weights
+from diffmae_video.cli import demo, recognition, render, shard, study, system, train, weights
 from diffmae_video.cli.options import STYLE
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.training.signals import Interruption, interruptible
@@ -26,6 +26,7 @@ _COMMANDS: dict[str, Callable[..., Any] | typer.Typer] = {
     **recognition.COMMANDS,
     **render.COMMANDS,
     **weights.COMMANDS,
+    **study.COMMANDS,
     **system.COMMANDS,
 }
 
