@@ -13,7 +13,7 @@ from diffmae_video.pipelines.study import is_done
 
 def print_study_plan(study: Study, grid: Grid, shards: Mapping[str, str], directory: Path, device: str) -> None:
     """Show the runs of a study with FLOPs, memory and predicted hours; evaluations and probes count as passes."""
-    from diffmae_video.data.shards import Manifest
+    from diffmae_video.data.manifest import Manifest
 
     manifests = {name: Manifest.load(path) for name, path in shards.items()}
     rows: list[list[object]] = []
@@ -47,7 +47,7 @@ def _plan(cell: Cell, grid: Grid, manifests: Mapping, device: str) -> tuple[floa
     """FLOPs, GiB and hours of a training; None for a pass over features or an evaluation."""
     from diffmae_video.pipelines.finetune_plan import measure_classifier
     from diffmae_video.pipelines.plan import make_plan
-    from diffmae_video.training.distributed import pick_device
+    from diffmae_video.training.hardware import pick_device
 
     if cell.stage not in ("pretrain", "finetune") or (cell.stage == "finetune" and cell.protocol != "finetune"):
         return None

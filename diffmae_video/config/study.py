@@ -10,20 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import tomllib
 from pydantic import Field, ValidationError, model_validator
 
 from diffmae_video.config.recipes import load_settings
 from diffmae_video.config.settings import Section, Stage
 from diffmae_video.errors import UsageError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.%:+-]{0,59}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,%:+-]{0,59}$")]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
