@@ -20,7 +20,7 @@ from diffmae_video.config.study import Study, expand
 from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import UsageError
 from diffmae_video.evaluation.predictions import FILE, Predictions, write_predictions
-from diffmae_video.pipelines.shard import shard_and_record
+from diffmae_video.pipelines.shard import ShardJob, shard_and_record
 from diffmae_video.pipelines.study import STUDY_FILE, find_shards, run_study, study_command, write_slurm
 from diffmae_video.pipelines.study_table import study_table
 
@@ -132,7 +132,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFMAE_WORKSPACE", str(folder))
         write_demo_data(folder / "clips", train=24, val=8, size=32, frames=16, workers=1)
-        shard_and_record(folder / "clips", folder / "shards", dataset="demo", workers=1)
+        shard_and_record(ShardJob(folder / "clips", folder / "shards", dataset="demo", workers=1))
     return folder / "shards"
 
 
