@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmae_video.config import Settings, override_settings, read_settings
+from diffmae_video.config import Settings, override_settings, read_settings, validate_settings
 from diffmae_video.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ FIXED_BY_WEIGHTS = (
 """Fields of `model` that a checkpoint has decided."""
 
 
+CLIP_FACTS = ("stride", "fps", "clip_seconds", "segments")
+"""Fields of `data` that say how a clip lies in time; model.json repeats them for weights that travel alone."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model on its device, ready to use, with the settings that apply to it."""
@@ -30,6 +34,7 @@ class Loaded:
     info: dict[str, Any]  # what model.json says
     weights_sha256: str
     device: torch.device
+    has_settings: bool = True  # how clips were taken in training is known
 
     @property
     def classes(self) -> list[str]:
@@ -79,7 +84,8 @@ def load(source: str | Path, device: torch.device, overrides: Sequence[str] = ()
     model = load_model(source)
     settings = settings_beside(source, model, overrides, seed)
     model.eval().requires_grad_(False)
-    return Loaded(model.to(device), settings, dict(model.info), saved_sha256(source), device)
+    known = _settings_file(source).is_file() or "stride" in model.info
+    return Loaded(model.to(device), settings, dict(model.info), saved_sha256(source), device, known)
 
 
 def load_classifier(
@@ -99,15 +105,28 @@ def load_classifier(
 def settings_beside(
     source: str | Path, model: nn.Module, overrides: Sequence[str] = (), seed: int | None = None
 ) -> Settings:
-    """Settings of the run that made a model: config.toml beside its weights, or what model.json tells."""
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    if (folder / "config.toml").is_file():
-        settings = read_settings(folder / "config.toml")
+    """Settings of the run that made a model: config.toml beside its weights, or what model.json tells.
+
+    MAE-ST's weights have seen clips at 30 frames a second.
+
+    Raises:
+        UsageError: settings that are not valid, or a `--set` of what the weights have decided.
+    """
+    file = _settings_file(source)
+    if file.is_file():
+        settings = read_settings(file)
     else:
-        settings = Settings(model=model.encoder.settings)
+        told = {key: model.info[key] for key in CLIP_FACTS if model.info.get(key)}
+        if model.info.get("imported_from") == "mae_st":
+            told.setdefault("fps", 30.0)
+        settings = validate_settings({"model": model.encoder.settings.model_dump(), "data": told}, str(source))
     changed = override_settings(settings, overrides, seed)
     for name in FIXED_BY_WEIGHTS:
         before, after = getattr(settings.model, name), getattr(changed.model, name)
         if before != after:
             raise UsageError(f"--set model.{name}={after}: the weights of {source} have {before}; leave it out.")
     return changed
+
+
+def _settings_file(source: str | Path) -> Path:
+    return (Path(source) if Path(source).is_dir() else Path(source).parent) / "config.toml"

@@ -13,7 +13,7 @@ import torch
 from diffmae_video._version import __version__
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, Stopped
-from diffmae_video.evaluation.classify import SplitViews, ViewSettings, run_pass, videos_per_block
+from diffmae_video.evaluation.classify import SplitViews, run_pass, videos_per_block
 from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores
 from diffmae_video.evaluation.predictions import Predictions
 from diffmae_video.evaluation.records import PassStore
@@ -24,7 +24,7 @@ from diffmae_video.pipelines.eval_report import write_evaluation
 from diffmae_video.pipelines.evaluate import EvaluateResult
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.run import RunFolder
-from diffmae_video.pipelines.tasks import check_classes, default_views
+from diffmae_video.pipelines.tasks import check_classes, default_views, view_settings
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.signals import stop_on_signal
 
@@ -62,8 +62,7 @@ def plan_evaluation(
     if not samples:
         raise DataError(f"Split {split} of {manifest.root} has no labelled sample; choose one with data.eval_split.")
     protocols = parse_views(views or settings.evaluate.views or default_views(manifest))
-    frames = 1 if manifest.kind == "image" else settings.model.frames
-    spec = ViewSettings(protocols, frames, settings.data.stride, settings.model.size)
+    spec = view_settings(loaded, protocols, manifest.dataset, image=manifest.kind == "image")
     facts = {
         "version": __version__,
         "weights": loaded.weights_sha256,
@@ -77,7 +76,7 @@ def plan_evaluation(
     }
     names, size = ",".join(map(str, protocols)), "x".join(map(str, settings.model.size))
     console.say(
-        f"Views: {names} of {frames} frames, stride {settings.data.stride}, {size} pixels; {len(samples)} videos "
+        f"Views: {names} of {spec.frames} frames, {spec.timing}, {size} pixels; {len(samples)} videos "
         f"of {split}; {loaded.precision} on {processes.device.type}, {processes.world} "
         f"process{'es' if processes.world > 1 else ''}."
     )
@@ -169,6 +168,9 @@ def conclude(plan: EvaluationPlan, store: PassStore, directory: Path) -> Evaluat
         "classes": len(manifest.classes),
         "frames": dataset.settings.frames,
         "stride": dataset.settings.stride,
+        "clip_seconds": dataset.settings.seconds,
+        "protocol": dataset.settings.protocol,
+        "timing": dataset.settings.timing,
         "size": list(dataset.settings.size),
         "checkpoint": plan.source,
         "weights_sha256": plan.facts["weights"],

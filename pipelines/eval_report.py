@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def write_evaluation(
         f"Checkpoint `{report['checkpoint']}` on `{report['data']}`, split {report['split']}. Videos: "
         f"{report['videos']['used']} used of {report['videos']['found']} found, {report['videos']['failed']} failed, "
         f"{report['videos']['unlabelled']} without a label.\n\n"
-        f"Clips of {report['frames']} frames, {report['stride']} apart, at {' x '.join(map(str, report['size']))} "
+        f"Clips of {report['frames']} frames, {report['timing']}, at {' x '.join(map(str, report['size']))} "
         f"pixels; softmax averaged over the views of a video. {report['precision']} on {report['device']}, "
         f"{report['seconds']:.0f} s. Weights `{report['weights_sha256'][:12]}`, data `{report['data_hash'][:12]}`, "
         f"settings `{report['settings_hash'][:12]}`."
@@ -97,14 +98,13 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
 def _mistake_strip(dataset: SplitViews, predictions: Predictions, views: str, wrong: list[int], draw: Any) -> bytes:
     """Pictures of the videos in these rows of the predictions, each with what it is and what it was taken for."""
     from diffmae_video.data.shards import ShardReader
-    from diffmae_video.evaluation.classify import ViewSettings, decode_views
+    from diffmae_video.evaluation.classify import decode_views
     from diffmae_video.evaluation.views import Protocol
 
     table = dataset.manifest.samples(dataset.split)
     wanted = {predictions.keys[row]: row for row in wrong}
     places = {table.key(index): index for block in dataset.blocks for index in block if table.key(index) in wanted}
-    settings = dataset.settings
-    one = ViewSettings((Protocol(1, 1),), settings.frames, settings.stride, settings.size)
+    one = replace(dataset.settings, protocols=(Protocol(1, 1),))
     clips, captions = [], []
     with ShardReader(dataset.manifest, *dataset._cache) as reader:
         for key, row in wanted.items():

@@ -32,10 +32,10 @@ def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", t
     console.say(line)
 
     from diffmae_video.data.manifest import Manifest
-    from diffmae_video.evaluation.classify import ViewSettings
     from diffmae_video.evaluation.views import parse_views
     from diffmae_video.pipelines.classifiers import load
     from diffmae_video.pipelines.feature_pass import FeaturePass
+    from diffmae_video.pipelines.tasks import view_settings
     from diffmae_video.training.distributed import start
 
     manifest = Manifest.load(path)
@@ -44,10 +44,11 @@ def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", t
         manifest.samples(split)  # a split that is not there is an error before the work starts
     with start(job.device) as processes:
         loaded = load(source, processes.device, job.overrides, job.seed)
-        settings = loaded.settings
-        frames = 1 if manifest.kind == "image" else settings.model.frames
-        spec = ViewSettings(parse_views(views)[:1], frames, settings.data.stride, settings.model.size)
-        console.say(f"Features of {', '.join(splits)} of {path}, views {spec.protocols[0]}, {processes.device.type}.")
+        spec = view_settings(loaded, parse_views(views)[:1], manifest.dataset, image=manifest.kind == "image")
+        console.say(
+            f"Features of {', '.join(splits)} of {path}, views {spec.protocols[0]} of {spec.frames} frames, "
+            f"{spec.timing}, {processes.device.type}."
+        )
         if job.dry_run:
             return []
         features = FeaturePass(processes, loaded, manifest, spec, tokens=tokens, folder=job.out)

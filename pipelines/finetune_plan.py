@@ -16,7 +16,7 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import FIXED_BY_WEIGHTS
+from diffmae_video.pipelines.classifiers import CLIP_FACTS, FIXED_BY_WEIGHTS
 from diffmae_video.pipelines.find import find_init, find_task_shards
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.plan import Plan, make_plan, print_plan
@@ -51,7 +51,7 @@ class FinetunePlan:
             "protocol": self.settings.finetune.protocol,
             "frames": 1 if self.manifest.kind == "image" else self.settings.model.frames,
             "size": list(self.settings.model.size),
-            "stride": self.settings.data.stride,
+            **{key: value for key in CLIP_FACTS if (value := getattr(self.settings.data, key))},
         }
 
 

@@ -49,16 +49,17 @@ def predict(
 
     import torch
 
-    from diffmae_video.evaluation.classify import ViewSettings, decode_views
+    from diffmae_video.evaluation.classify import decode_views
     from diffmae_video.evaluation.views import parse_views
     from diffmae_video.pipelines.classifiers import load_classifier
+    from diffmae_video.pipelines.tasks import view_settings
     from diffmae_video.training.hardware import pick_device
 
     loaded = load_classifier(source, pick_device(job.device), job.overrides, job.seed)
     settings = loaded.settings
     protocols = parse_views(views or "1x1")[:1]
-    frames = 1 if loaded.info.get("frames") == 1 else settings.model.frames  # trained on images: one frame
-    spec = ViewSettings(protocols, frames, settings.data.stride, settings.model.size)
+    image = loaded.info.get("frames") == 1  # trained on images: one frame
+    spec = view_settings(loaded, protocols, loaded.info.get("dataset"), image=image)
     found = []
     for path in clips:
         try:

@@ -12,7 +12,6 @@ from torch import Tensor
 from diffmae_video.config import settings_toml
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.order import label_subset
-from diffmae_video.evaluation.classify import ViewSettings
 from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores
 from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
 from diffmae_video.evaluation.probes import fit_head, fit_linear, knn_probabilities
@@ -23,6 +22,7 @@ from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
 from diffmae_video.pipelines.feature_pass import FeaturePass, Features
 from diffmae_video.pipelines.run import RunFolder
+from diffmae_video.pipelines.tasks import view_settings
 from diffmae_video.training.optim import peak_learning_rate
 
 
@@ -41,8 +41,7 @@ def probe(run: RunFolder, loaded: Loaded, manifest: Manifest, info: dict[str, An
     processes, directory, settings = run.processes, run.directory, loaded.settings
     assert processes is not None
     protocol = settings.finetune.protocol
-    frames = 1 if manifest.kind == "image" else settings.model.frames
-    spec = ViewSettings((Protocol(1, 1),), frames, settings.data.stride, settings.model.size)
+    spec = view_settings(loaded, (Protocol(1, 1),), manifest.dataset, image=manifest.kind == "image")
     pool = "class" if settings.finetune.pool == "class" else "mean"
     features = FeaturePass(processes, loaded, manifest, spec, tokens=protocol == "attentive", pool=pool)
     labels = manifest.samples(settings.data.split).label

@@ -7,7 +7,9 @@ from pathlib import Path
 from diffmae_video.data.datasets import dataset_info, dataset_names
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.evaluation.classify import ViewSettings
 from diffmae_video.evaluation.predictions import class_difference
+from diffmae_video.evaluation.views import Protocol
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
 
@@ -38,6 +40,40 @@ def default_views(manifest: Manifest) -> str:
     if manifest.dataset in dataset_names():
         return dataset_info(manifest.dataset).views
     return "1x1" if manifest.kind == "image" else "5x3"
+
+
+def view_settings(loaded: Loaded, views: tuple[Protocol, ...], dataset: str | None, *, image: bool) -> ViewSettings:
+    """What a test cuts from each video: at the speed at which the model was trained.
+
+    `evaluate.protocol` decides; without it the data set's own, as far as that shows clips at the speed of training
+    (`data.clip_seconds`, `data.fps`, `data.segments`, `data.stride`), else the nearest one that does. An import says
+    nothing of its training: it is tested as the data set usually is.
+
+    Args:
+        dataset: name of the data set, where it is known.
+        image: single images are tested.
+
+    Raises:
+        UsageError: `seconds` for a model that was not trained by seconds.
+    """
+    settings = loaded.settings
+    frames = 1 if image else settings.model.frames
+    seconds, protocol = settings.data.seconds(frames), settings.evaluate.protocol
+    own = dataset_info(dataset).protocol if dataset in dataset_names() else None
+    if protocol == "seconds" and seconds is None:
+        raise UsageError(
+            "evaluate.protocol = seconds needs the length of a clip; set data.clip_seconds, as in training."
+        )
+    if protocol is None:
+        if own and not loaded.has_settings:
+            protocol = own
+        elif settings.data.segments:
+            protocol = "segments"
+        elif seconds:
+            protocol = "slowfast" if own == "slowfast" else "seconds"
+        else:
+            protocol = "videomae" if own in ("videomae", "slowfast") else "stride"
+    return ViewSettings(views, frames, settings.data.stride, settings.model.size, protocol, seconds)
 
 
 def check_classes(checkpoint: str | Path, loaded: Loaded, manifest: Manifest) -> None:

@@ -1,8 +1,9 @@
 """Recipes: TOML files of the settings' shape, layered into the settings of a stage.
 
 A recipe holds the sections of `Settings` plus, under `[stage.NAME]`, the same sections again with what differs in that
-stage (`[stage.finetune.train]`). Settings of a stage are: defaults, then the recipe it `extends`, then the recipe, then
-its stage table, then `--set section.field=value`.
+stage (`[stage.finetune.train]`). Settings of a stage are: defaults, then the plain sections of the recipe it `extends`
+and of the recipe, then the tables of that stage in the same order, then `--set section.field=value`. So what a parent
+says of a stage holds until a child says something else of that stage.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def recipe_chain(name_or_path: str) -> list[Recipe]:
 
 
 def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
-    """Resolve the settings of a stage: defaults, recipe chain, stage table, then `section.field=value` overrides.
+    """Resolve the settings of a stage: defaults, recipe chain, its stage tables, then `section.field=value` overrides.
 
     Args:
         recipe: name or path; None for the defaults.
@@ -102,9 +103,9 @@ def load_settings(recipe: str | None, stage: Stage, overrides: list[str] | tuple
     tables: dict[str, Any] = {}
     origin = f"recipe {recipe}"
     if recipe:
-        for part in reversed(recipe_chain(recipe)):
-            _merge(tables, part.tables)
-            _merge(tables, part.stages.get(stage, {}))
+        chain = recipe_chain(recipe)[::-1]
+        for layer in (*(part.tables for part in chain), *(part.stages.get(stage, {}) for part in chain)):
+            _merge(tables, layer)
     for text in overrides:
         _merge(tables, _parse_override(text))
         origin = "--set" if not recipe else f"recipe {recipe} with --set"

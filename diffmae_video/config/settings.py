@@ -176,8 +176,14 @@ class DataSettings(Section):
     """Split to validate and evaluate on."""
     stride: Positive = 4
     """Distance between the frames of a clip, in frames of the stored video."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frame rate that `stride` counts in: a clip lasts model.frames * stride / fps seconds at any rate (SlowFast and
+    MAE-ST: 30). Without it, frames of the stored video are counted."""
     clip_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Length of a clip in seconds instead: frames spread evenly over it, whatever the frame rate (data/sampling.py)."""
+    """Length of a clip in seconds instead: frames spread evenly over it, whatever the frame rate (data/sampling.py);
+    `stride` and `fps` say nothing then."""
+    segments: bool = False
+    """One frame from each of model.frames equal parts of the video instead (TSN; VideoMAE on Something-Something)."""
     repeats: Positive = 1
     """Clips taken from each decoded video (MAE-ST, repeated sampling)."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -208,6 +214,16 @@ class DataSettings(Section):
     """Where remote shards are kept; the user's cache folder by default."""
     cache_gib: Annotated[float, Field(gt=0)] = 50.0
     """Bound of that cache, GiB."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataSettings:
+        if self.segments and (self.clip_seconds or self.fps):
+            raise ValueError("segments takes the whole video, clip_seconds and fps a part of it: set one of them")
+        return self
+
+    def seconds(self, frames: int) -> float | None:
+        """How long a clip of so many frames lasts; None where frames of the stored video are counted."""
+        return self.clip_seconds or (frames * self.stride / self.fps if self.fps else None)
 
 
 class TrainSettings(Section):
@@ -302,6 +318,9 @@ class EvaluateSettings(Section):
 
     views: str | None = None
     """Temporal x spatial views, e.g. `5x3`, or several: `1x1,5x3`; the data set's default without it."""
+    protocol: Literal["slowfast", "videomae", "segments", "seconds", "stride"] | None = None
+    """Which frames and boxes those views are (evaluation/protocols.py). Without it the data set's own, as far as it
+    shows clips at the speed of training."""
     batch_views: Positive = 16
     """Views per forward pass."""
     precision: Precision = "auto"

@@ -17,7 +17,7 @@ from diffmae_video.data.images import open_image, to_rgb
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.media import MEDIA_SUFFIXES
 from diffmae_video.data.order import clip_seeds, mix
-from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_segments, frames_by_stride
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transforms import as_generator, build_transforms
 from diffmae_video.errors import DataError, StorageError
@@ -183,7 +183,7 @@ class ClipReader(Dataset):
                 info = video.info
                 frames, width, height = info.frames, info.width, info.height
             fps = float(self.table.fps[sample]) or video.info.fps
-            times = video.times() if self.data.clip_seconds else None
+            times = video.times() if self.data.seconds(self.plan.frames) else None
             indices = [self.frame_numbers(frames, fps, generator, times) for generator in generators]
             boxes = [self.transform.box(width, height, generator) for generator in generators]
             clips = video.clips(indices, boxes, self.transform.size)
@@ -196,9 +196,11 @@ class ClipReader(Dataset):
     ) -> list[int]:
         """Frames of one clip: from a random place in training, from the middle when testing."""
         draws = generator if self.plan.training else None
-        if self.data.clip_seconds and fps > 0:
-            times = times if times is not None and len(times) == frames else np.arange(frames) / fps
-            return frames_by_seconds(times, self.plan.frames, self.data.clip_seconds, draws)
+        if self.data.segments:
+            return frames_by_segments(frames, self.plan.frames, draws)
+        seconds = self.data.seconds(self.plan.frames)
+        if seconds and fps > 0:
+            return frames_by_seconds(frames, fps, self.plan.frames, seconds, draws, times)
         return frames_by_stride(frames, self.plan.frames, self.data.stride, draws)
 
     def _read_image(self, data: bytes, generators: list[torch.Generator]) -> list[Tensor]:

@@ -23,6 +23,7 @@ class DatasetInfo:
         classes: number of classes, 0 for unlabelled or unknown.
         directional: labels tell left from right, so clips are never flipped.
         views: temporal x spatial views of its usual test.
+        protocol: which frames and boxes those views are (evaluation/protocols.py).
         source: where these facts are from.
     """
 
@@ -33,6 +34,7 @@ class DatasetInfo:
     classes: int = 0
     directional: bool = False
     views: str = "5x3"
+    protocol: str = "stride"
     source: str = ""
 
 

@@ -35,12 +35,31 @@ from diffmae_video.evaluation.views import (
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What is cut from each video: protocols, and clips of T frames, `stride` apart, at H x W pixels."""
+    """What is cut from each video: how many views, and clips of T frames, `stride` apart, at H x W pixels.
+
+    `protocol` names which frames and boxes they are (evaluation/protocols.py), `seconds` is the length of a clip where
+    training counts in seconds.
+    """
 
     protocols: tuple[Protocol, ...]
     frames: int
     stride: int
     size: tuple[int, int]
+    protocol: str = "stride"
+    seconds: float | None = None
+
+    @property
+    def timing(self) -> str:
+        """How clips lie in time, for people."""
+        if self.frames == 1:
+            return "single images"
+        if self.protocol == "segments":
+            return f"one from each of {self.frames} segments"
+        if self.seconds and self.protocol != "videomae":
+            return f"over {self.seconds:.4g} s ({self.protocol})"
+        if self.protocol == "slowfast":
+            return f"stride {self.stride} at 30 frames a second (slowfast)"
+        return f"stride {self.stride}" + (f" ({self.protocol})" if self.protocol != "stride" else "")
 
 
 @dataclass(frozen=True)
@@ -51,10 +70,11 @@ class DecodedVideo:
     needed: list[int]  # frame numbers, ascending
     frames: Tensor  # uint8 (U, C, h, w), in that order
     size: tuple[int, int]
+    protocol: str = "stride"
 
     def view(self, index: int, out: Tensor | None = None) -> Tensor:
         """View `index` of the plan, uint8 (T, C, H, W), written into `out` where given."""
-        return cut_view(self.frames, self.needed, self.plan.views[index], self.size, out)
+        return cut_view(self.frames, self.needed, self.plan.views[index], self.size, out, self.protocol)
 
 
 def decode_views(source: Source, settings: ViewSettings) -> DecodedVideo:
@@ -73,11 +93,20 @@ def decode_views(source: Source, settings: ViewSettings) -> DecodedVideo:
         info = video.info
         if info.frames < 1:
             raise DataError(f"{video.name} has no frame that can be decoded; replace or remove it.")
-        plan = plan_views(settings.protocols, info.frames, settings.frames, settings.stride)
+        plan = plan_views(
+            settings.protocols,
+            info.frames,
+            settings.frames,
+            settings.stride,
+            protocol=settings.protocol,
+            seconds=settings.seconds,
+            fps=info.fps,
+            times=video.times() if settings.protocol == "seconds" else None,
+        )
         needed = plan.frames
-        size = scaled_size(info.height, info.width, settings.size)
+        size = scaled_size(info.height, info.width, settings.size, protocol=settings.protocol)
         frames = video.clips([needed], size=size)[0].frames  # (U, C, h, w)
-    return DecodedVideo(plan, needed, frames, settings.size)
+    return DecodedVideo(plan, needed, frames, settings.size, settings.protocol)
 
 
 def _head(path: Source) -> bytes:

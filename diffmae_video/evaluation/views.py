@@ -1,19 +1,24 @@
 """Test views: which clips and crops of a video a protocol such as 7x3 looks at, planned so that it is decoded once.
 
-A protocol KxS takes K clips spread evenly over the video and S crops spread evenly over the longer side of the frame
-(the convention of SlowFast, MAE-ST and VideoMAE). Several protocols share one plan: what they have in common is
-computed once. Geometry only; nothing here decodes.
+KxS takes K clips spread over the video and S crops spread evenly over the longer side of the frame; which frames and
+boxes these are is told by protocols.py. Several share one plan: what they have in common is computed once. Geometry
+only; nothing here decodes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+import diffmae_video.compat  # noqa: F401
+
+import numpy as np
 from torch import Tensor
 
 from diffmae_video.errors import UsageError
+from diffmae_video.evaluation.protocols import PROTOCOLS, Timeline, Timing
 
 IMAGE_RESIZE = 256 / 224  # an image is scaled so that the centre crop leaves a margin (MAE's evaluation)
 
@@ -67,53 +72,71 @@ def parse_views(text: str) -> tuple[Protocol, ...]:
     return tuple(protocols)
 
 
-def clip_starts(total: int, frames: int, stride: int, clips: int) -> list[int]:
-    """First frames of `clips` evenly spread clips of T frames; a single one stands in the middle."""
-    slack = max(total - ((frames - 1) * stride + 1), 0)
-    if clips == 1:
-        return [slack // 2]
-    return [round(Fraction(slack * index, clips - 1)) for index in range(clips)]
+def plan_views(
+    protocols: tuple[Protocol, ...],
+    total: int,
+    frames: int,
+    stride: int,
+    *,
+    protocol: str = "stride",
+    seconds: float | None = None,
+    fps: float = 0.0,
+    times: np.ndarray | None = None,
+) -> ViewPlan:
+    """Plan the views of a video of `total` frames for clips of T `frames`, `stride` apart.
 
-
-def clip_frames(start: int, total: int, frames: int, stride: int) -> tuple[int, ...]:
-    """The T frame indices of a clip; past the end of a short video the last frame repeats."""
-    return tuple(min(start + index * stride, total - 1) for index in range(frames))
-
-
-def plan_views(protocols: tuple[Protocol, ...], total: int, frames: int, stride: int) -> ViewPlan:
-    """Plan the views of a video of `total` frames for clips of T `frames`, `stride` apart."""
+    Args:
+        protocol: which frames they are, a name of `PROTOCOLS`.
+        seconds: length of a clip where training counts in seconds.
+        fps, times: of the video; when each of its frames is shown, where the packets tell.
+    """
     if total < 1:
         raise ValueError(f"a video has at least one frame, not {total}")
     numbered: dict[View, int] = {}
     members = []
-    for protocol in protocols:
-        places = [Fraction(1, 2)] if protocol.spatial == 1 else _evenly(protocol.spatial)
+    video, timing = Timeline(total, fps, times), Timing(frames, stride, seconds)
+    for views in protocols:
+        places = [Fraction(1, 2)] if views.spatial == 1 else _evenly(views.spatial)
         chosen = []
-        for start in clip_starts(total, frames, stride, protocol.temporal):
+        for clip in PROTOCOLS[protocol].clips(video, timing, views.temporal):
             for place in places:
-                view = View(clip_frames(start, total, frames, stride), place)
+                view = View(clip, place)
                 chosen.append(numbered.setdefault(view, len(numbered)))
         members.append(tuple(chosen))
     return ViewPlan(tuple(numbered), tuple(members))
 
 
-def scaled_size(height: int, width: int, crop: tuple[int, int], margin: float = 1.0) -> tuple[int, int]:
+def scaled_size(
+    height: int, width: int, crop: tuple[int, int], margin: float = 1.0, protocol: str = "stride"
+) -> tuple[int, int]:
     """Height and width to which a frame is scaled so that the crop fits with the given margin, aspect kept."""
-    scale = max(crop[0] / height, crop[1] / width) * margin
-    return max(round(height * scale), crop[0]), max(round(width * scale), crop[1])
+    side = PROTOCOLS[protocol].side
+    scale = max(Fraction(crop[0], height), Fraction(crop[1], width)) * Fraction(margin)
+    return max(side(height * scale), crop[0]), max(side(width * scale), crop[1])
 
 
-def crop_corner(height: int, width: int, crop: tuple[int, int], place: Fraction) -> tuple[int, int]:
+def crop_corner(
+    height: int, width: int, crop: tuple[int, int], place: Fraction, protocol: str = "stride"
+) -> tuple[int, int]:
     """Top and left of a crop: `place` moves it along the side with more room; on the other it is centred."""
     room = height - crop[0], width - crop[1]
     along = 0 if room[0] > room[1] else 1
-    corner = [room[0] // 2, room[1] // 2]
-    if place != Fraction(1, 2):
-        corner[along] = round(room[along] * place)
-    return corner[0], corner[1]
+    corner = PROTOCOLS[protocol].corner
+    if corner is None:
+        corner = math.floor if place == Fraction(1, 2) else round
+    found = [room[0] // 2, room[1] // 2]
+    found[along] = corner(room[along] * place)
+    return found[0], found[1]
 
 
-def cut_view(frames: Tensor, needed: list[int], view: View, crop: tuple[int, int], out: Tensor | None = None) -> Tensor:
+def cut_view(
+    frames: Tensor,
+    needed: list[int],
+    view: View,
+    crop: tuple[int, int],
+    out: Tensor | None = None,
+    protocol: str = "stride",
+) -> Tensor:
     """Cut one view out of the decoded frames of a plan.
 
     Args:
@@ -122,12 +145,13 @@ def cut_view(frames: Tensor, needed: list[int], view: View, crop: tuple[int, int
         crop: H and W.
         out: uint8 (T, C, H, W) to write into; a new tensor without it. Memory that is used again is several times
             faster to fill than fresh memory.
+        protocol: whose boxes, a name of `PROTOCOLS`.
 
     Returns:
         uint8 (T, C, H, W).
     """
     position = {frame: row for row, frame in enumerate(needed)}
-    top, left = crop_corner(frames.shape[-2], frames.shape[-1], crop, view.place)
+    top, left = crop_corner(frames.shape[-2], frames.shape[-1], crop, view.place, protocol)
     cropped = frames[:, :, top : top + crop[0], left : left + crop[1]]  # (U, C, H, W)
     if out is None:
         out = frames.new_empty(len(view.frames), *cropped.shape[1:])

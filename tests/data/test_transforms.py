@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffmae_video.config import DataSettings
-from diffmae_video.data.sampling import frames_by_seconds, frames_by_stride
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_segments, frames_by_stride
 from diffmae_video.data.transforms import ClipTransform, MixVideo, RandAugment, build_transforms, parse_rand_augment
 from diffmae_video.errors import UsageError
 
@@ -104,15 +104,15 @@ def test_clips_by_seconds_span_the_same_time_at_any_rate(fps: float, frames: int
     state = random.getstate()
     starts = []
     for seed in range(40):
-        numbers = frames_by_seconds(np.arange(frames) / fps, 16, 2.0, torch.Generator().manual_seed(seed))
+        numbers = frames_by_seconds(frames, fps, 16, 2.0, torch.Generator().manual_seed(seed))
         assert numbers == sorted(numbers)
         assert (numbers[-1] - numbers[0] + 1) / fps == pytest.approx(2.0, abs=1.01 / fps)
-        assert numbers == frames_by_seconds(np.arange(frames) / fps, 16, 2.0, torch.Generator().manual_seed(seed))
+        assert numbers == frames_by_seconds(frames, fps, 16, 2.0, torch.Generator().manual_seed(seed))
         starts.append(numbers[0] / fps)
     assert min(starts) < 2
     assert max(starts) > 6
     assert random.getstate() == state
-    middle = frames_by_seconds(np.arange(frames) / fps, 16, 2.0, None)
+    middle = frames_by_seconds(frames, fps, 16, 2.0, None)
     assert (middle[0] + middle[-1] + 1) / 2 / fps == pytest.approx(5.0, abs=1.01 / fps)
 
 
@@ -120,20 +120,32 @@ def test_clips_by_seconds_go_by_the_clock_where_the_rate_varies() -> None:
     """A second at 30 frames a second, then nine at 5: 2 s are 2 s, and frames are those shown at even instants."""
     times = np.concatenate([np.arange(30) / 30, 1 + np.arange(45) / 5])
     for seed in range(40):
-        numbers = frames_by_seconds(times, 8, 2.0, torch.Generator().manual_seed(seed))
+        numbers = frames_by_seconds(75, 7.5, 8, 2.0, torch.Generator().manual_seed(seed), times)
         span = times[numbers[-1]] - times[numbers[0]]
         assert 1.6 <= span <= 2.0
         instants = np.linspace(times[numbers[0]], times[numbers[-1]], 8)
         assert (instants - times[numbers] < 0.2 + 1e-6).all()
-    numbers = frames_by_seconds(times, 11, 10.0, None)
+    numbers = frames_by_seconds(75, 7.5, 11, 10.0, None, times)
     assert times[numbers] == pytest.approx([0, 0.96667, 1.8, 2.8, 3.8, 4.8, 5.8, 6.8, 7.8, 8.8, 9.8], abs=0.15)
 
 
 def test_clips_of_short_videos_repeat_frames() -> None:
     draw = torch.Generator().manual_seed(0)
-    assert frames_by_seconds(np.arange(3) / 30, 4, 2.0, draw) == [0, 0, 1, 2]
+    assert frames_by_seconds(3, 30.0, 4, 2.0, draw) == [0, 0, 1, 2]
     assert frames_by_stride(3, 4, 2, draw) == [0, 2, 2, 2]
     assert frames_by_stride(20, 4, 2, None) == [6, 8, 10, 12]
+
+
+def test_clips_by_segments_take_one_frame_from_each_part() -> None:
+    assert frames_by_segments(48, 4, None) == [6, 18, 30, 42]
+    assert frames_by_segments(3, 6, None) == [0, 0, 1, 1, 2, 2]
+    drawn = [frames_by_segments(48, 4, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    for part in range(4):
+        seen = {numbers[part] for numbers in drawn}
+        assert min(seen) >= 12 * part
+        assert max(seen) < 12 * (part + 1)
+        assert len(seen) > 8
+    assert drawn[7] == frames_by_segments(48, 4, torch.Generator().manual_seed(7))
 
 
 def test_mix_video_smooths_like_timm() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diffmae_video.errors import UsageError
+from diffmae_video.evaluation.protocols import clip_starts
 from diffmae_video.evaluation.views import (
     Protocol,
     View,
-    clip_starts,
     crop_corner,
     cut_view,
     parse_views,
