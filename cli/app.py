@@ -15,6 +15,7 @@ from diffmae_video._version import __version__
 from diffmae_video.cli import demo, recognition, render, shard, study, system, train, weights
 from diffmae_video.cli.options import STYLE
 from diffmae_video.errors import DiffmaeError
+from diffmae_video.files import printable
 from diffmae_video.training.signals import Interruption, interruptible
 
 # Typer carries its own copy of click since 0.26 and used click's before: take the class from where it is
@@ -162,6 +163,9 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault(
+        "PYTHONSAFEPATH", "1"
+    )  # processes that it starts import nothing from the folder one stands in
     code = run()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C has nothing left to interrupt
     sys.exit(code)
@@ -172,5 +176,5 @@ def _debugging() -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"diffmae: {message}", err=True)
+    typer.echo(f"diffmae: {printable(message, keep=chr(10))}", err=True)
     return code

@@ -54,6 +54,19 @@ def check_name(name: object, what: str, error: type[DiffmaeError] = DataError) -
     return name
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text of a stranger that can be written and shown: control characters, and bytes of file names that are not UTF-8,
+    become escapes.
+
+    Args:
+        keep: control characters that stay, e.g. line ends.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
+
+
 def sync_path(path: Path | str) -> None:
     """Wait until a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from diffmae_video.files import printable
+
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -37,21 +39,21 @@ def is_main_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line of plain text (no markup), from the first process only."""
+    """Print one line of plain text (no markup, no control characters), from the first process only."""
     if is_main_process():
-        console().print(text, markup=False)
+        console().print(printable(text, keep="\n\t"), markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; numbers stand right, everything is printed as it is (no markup)."""
     if not is_main_process():
         return
-    made = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    made = Table(title=escape(printable(title)), title_justify="left", title_style="bold", header_style="bold")
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], (int, float)) for row in rows)
         made.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
+        made.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else printable(str(cell))) for cell in row))
     console().print(made)
 
 

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 from diffmae_video.data.annotations import MOST_CLASSES, numeric_classes
-from diffmae_video.data.listing import SPLITS, printable
+from diffmae_video.data.listing import SPLITS
 from diffmae_video.data.manifest import ShardInfo, write_manifest
 from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES, access_error
 from diffmae_video.data.remote import filesystem, is_remote, join, retry, write_file
 from diffmae_video.errors import DataError, UsageError
-from diffmae_video.files import check_name
+from diffmae_video.files import check_name, printable
 from diffmae_video.pipelines.console import progress
 
 _META_BYTES = 1 << 20

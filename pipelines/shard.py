@@ -24,13 +24,13 @@ from typing import Any
 from diffmae_video._version import __version__
 from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names
 from diffmae_video.data.layouts import Item, Listing, list_samples
-from diffmae_video.data.listing import printable
 from diffmae_video.data.manifest import MANIFEST, ShardInfo, write_manifest
 from diffmae_video.data.media import DEFAULT_LIMITS, Limits
 from diffmae_video.data.remote import is_remote, join, read_file, write_file
 from diffmae_video.data.transcode import TranscodeOptions, options_to_json
 from diffmae_video.data.workers import POOL
 from diffmae_video.errors import DataError, Stopped, StorageError, UsageError
+from diffmae_video.files import printable
 from diffmae_video.pipelines.console import progress, say, table
 from diffmae_video.pipelines.shard_folder import REJECTED, compare, forget, hold
 from diffmae_video.pipelines.shard_job import ENCODING, STOP, TarJob, parts_of, run_job

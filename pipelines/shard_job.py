@@ -13,14 +13,13 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffmae_video.data.listing import printable
 from diffmae_video.data.manifest import ShardInfo
 from diffmae_video.data.remote import filesystem, is_remote, join, read_file, retry, write_file
 from diffmae_video.data.shards import TarShard
 from diffmae_video.data.transcode import options_from_json
 from diffmae_video.data.workers import POOL
 from diffmae_video.errors import StorageError
-from diffmae_video.files import sync_path
+from diffmae_video.files import printable, sync_path
 
 STOP = threading.Event()
 """Set when the run is interrupted: jobs leave after their present clip."""

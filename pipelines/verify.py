@@ -12,7 +12,7 @@ from diffmae_video.data.remote import filesystem, is_remote, join
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.data.workers import Worker
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, StorageError
 from diffmae_video.files import sha256_of
 from diffmae_video.pipelines.console import progress
 
@@ -91,6 +91,8 @@ def _check_files(manifest: Manifest, reader: ShardReader, problems: list[str]) -
             whole[number] = sha256_of(path) == info.sha256
         except FileNotFoundError:
             problems.append(f"{info.name}: missing")
+        except StorageError:
+            raise
         except (OSError, DataError) as error:
             problems.append(f"{info.name}: {error}")
     return whole
@@ -106,6 +108,8 @@ def _check_sample(
         text = b""
         if table.meta_offset[index] >= 0:
             text = reader._pread(int(table.shard[index]), int(table.meta_size[index]), int(table.meta_offset[index]))
+    except StorageError:
+        raise
     except DataError as error:
         problems.append(f"{where}: {error}")
         return

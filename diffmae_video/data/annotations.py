@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffmae_video.data.listing import IMAGE_EXTENSIONS, SPLITS, VIDEO_EXTENSIONS, Tree, number_of, printable
+from diffmae_video.data.listing import IMAGE_EXTENSIONS, SPLITS, VIDEO_EXTENSIONS, Tree, number_of
 from diffmae_video.errors import DataError
+from diffmae_video.files import printable
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list")
 MOST_CLASSES = 100_000

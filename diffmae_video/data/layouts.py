@@ -21,10 +21,10 @@ from diffmae_video.data.listing import (
     Listing,
     Rejection,
     Tree,
-    printable,
     split_of,
 )
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import printable
 from diffmae_video.registry import layouts
 
 _LISTS = SPLITS | {"pretrain": "train", "trainlist": "train", "testlist": "test"}

@@ -200,12 +200,6 @@ def _is_media(path: str, extensions: frozenset[str]) -> bool:
     return "." not in name or name.rpartition(".")[2].lower() in extensions
 
 
-def printable(text: str) -> str:
-    """Text that can be written and shown: bytes of file names that are not UTF-8 and control characters as escapes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
 def stem_of(path: str) -> str:
     """File name without folder and extension."""
     return posixpath.splitext(posixpath.basename(path))[0]

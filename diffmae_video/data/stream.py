@@ -141,10 +141,12 @@ class ClipStream:
             raise UsageError(f"The run was trained on other shards than {self.manifest.root}; give it its own data.")
         if state.get("samples_per_epoch", self.samples_per_epoch) != self.samples_per_epoch:
             raise UsageError("The run used another number of samples (data.label_fraction?); restore that setting.")
+        epoch, consumed = state.get("epoch"), state.get("consumed")
+        if not (type(epoch) is int and type(consumed) is int and 0 <= epoch < 2**40 and 0 <= consumed < 2**40):
+            raise UsageError(f"The run's place in the data is none: {epoch!r:.40}, {consumed!r:.40}; start it anew.")
         self.close()
-        self.epoch, self.consumed = divmod(
-            int(state["epoch"]) * self.samples_per_epoch + int(state["consumed"]), self.samples_per_epoch
-        )
+        position = epoch * self.samples_per_epoch + consumed
+        self.epoch, self.consumed = divmod(position, self.samples_per_epoch)
 
     def close(self) -> None:
         """Stop the workers and close the shards; the state stays."""

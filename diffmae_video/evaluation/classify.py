@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from diffmae_video.data.decode import Source, Video
 from diffmae_video.data.images import read_image
 from diffmae_video.data.manifest import Manifest
-from diffmae_video.data.media import sniff
+from diffmae_video.data.media import read_head, sniff
 from diffmae_video.data.shards import ShardReader
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, StorageError
 from diffmae_video.evaluation.records import PassStore
 from diffmae_video.evaluation.views import (
     IMAGE_RESIZE,
@@ -83,7 +83,7 @@ def decode_views(source: Source, settings: ViewSettings) -> DecodedVideo:
     Raises:
         DataError: it is neither, or cannot be decoded.
     """
-    head = source[:1024] if isinstance(source, bytes) else _head(source)
+    head = source[:1024] if isinstance(source, bytes) else read_head(source)
     if (sniff(head) or "").startswith("image:"):
         image = read_image(source)  # (C, h, w)
         size = scaled_size(image.shape[1], image.shape[2], settings.size, IMAGE_RESIZE)
@@ -107,14 +107,6 @@ def decode_views(source: Source, settings: ViewSettings) -> DecodedVideo:
         size = scaled_size(info.height, info.width, settings.size, protocol=settings.protocol)
         frames = video.clips([needed], size=size)[0].frames  # (U, C, h, w)
     return DecodedVideo(plan, needed, frames, settings.size, settings.protocol)
-
-
-def _head(path: Source) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(1024)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the path.") from error
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -150,7 +142,7 @@ class SplitViews(Dataset):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, block: int) -> tuple[int, list[tuple[int, DecodedVideo | str]]]:
+    def __getitem__(self, block: int) -> tuple[int, list[tuple[int, DecodedVideo | str]] | StorageError]:
         if self._reader is None:
             self._reader = ShardReader(self.manifest, *self._cache)
         found: list[tuple[int, DecodedVideo | str]] = []
@@ -158,8 +150,10 @@ class SplitViews(Dataset):
             try:
                 stored = self._reader.read(self.split, sample, meta=False)
                 found.append((sample, decode_views(stored.data, self.settings)))
-            except DataError as error:
-                found.append((sample, str(error)))
+            except StorageError as error:  # says nothing about the sample
+                return block, error
+            except Exception as error:  # whatever a damaged sample makes a library raise
+                found.append((sample, str(error) or type(error).__name__))
         return block, found
 
 
@@ -207,6 +201,8 @@ def run_pass(
     clips = torch.empty(batch_views, view.frames, 3, *view.size, dtype=torch.uint8)  # (B, T, C, H, W), used again
     names = [str(protocol) for protocol in dataset.settings.protocols]
     for block, videos in loader:
+        if isinstance(videos, StorageError):
+            raise videos
         decoded = [(sample, video) for sample, video in videos if isinstance(video, DecodedVideo)]
         views = [(video, index) for _, video in decoded for index in range(len(video.plan.views))]
         rows = []
