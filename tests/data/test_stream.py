@@ -342,3 +342,10 @@ def test_manifest_refuses_names_that_leave_the_folder(shards: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="pipe"):
         Manifest.load("pipe:cat x")
     assert not os.path.exists("x.tar")
+
+
+@pytest.mark.slow
+def test_workers_may_start_afresh(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes are not copies of their parent (macOS, Windows) batches are the same."""
+    monkeypatch.setattr("diffmae_video.data.stream._START", "spawn")
+    assert global_batches(shards, 3, workers=1) == global_batches(shards, 3)
