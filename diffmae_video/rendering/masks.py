@@ -303,7 +303,7 @@ class _MaskVideo:
             )
 
     def _rewind(self) -> None:
-        self.reader = VideoReader(self.path)
+        self.reader = VideoReader(self.path, square=False)  # the grid of the clip, which is not stretched either
         self.frames, self.number, self.hidden = iter(self.reader), -1, np.zeros(0, dtype=bool)
 
     def __call__(self, number: int) -> np.ndarray:

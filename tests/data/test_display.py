@@ -165,6 +165,8 @@ def test_rendering_turns_frames_and_keeps_the_grid_of_pixels(tmp_path, turn: str
     assert (source.width, source.height) == ((64, 96) if across else (96, 64))
     assert source.pixel_aspect == (Fraction(3, 4) if across else Fraction(4, 3))
     assert close(quarters(frames[0].rgb), TURNS[turn][1](COLOURS), 3)
+    (mask, _), *_ = VideoReader(path, square=False)  # masks that are videos lie on the same grid
+    assert mask.shape == frames[0].rgb.shape
 
 
 def test_pixels_beyond_four_to_one_are_taken_for_square() -> None:
