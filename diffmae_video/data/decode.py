@@ -226,9 +226,10 @@ class Video(VideoFile):
 
     def _by_table(self, numbers: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """From a table of packets, decode only what the wanted frames refer to."""
-        order, packets, pts = self._shown(), self._packets().packets, self._packets().pts
+        order, packets = self._shown(), self._packets().packets
         if order is None or numbers[-1] >= len(order):
             raise Unusable
+        pts = [stamp or 0 for stamp in self._packets().pts]  # all are there, or there would be no order
         places = {order[number]: number for number in numbers}  # place in decode order -> frame number
         by_pts = {pts[place]: number for place, number in places.items()}
         length = nal_length(self.codec)

@@ -103,8 +103,9 @@ def display_of(stream: av.VideoStream, name: str, matrix: tuple[int, ...] | None
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """The display matrix that comes with a frame: from the container, or the codec's own message."""
-    for place in range(len(frame.side_data)):
-        data: Any = frame.side_data[place]
+    found: Any = frame.side_data  # by place, though its stubs say by name
+    for place in range(len(found)):
+        data = found[place]
         if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
             return struct.unpack("=9i", bytes(data)[:36])
     return None
