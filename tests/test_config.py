@@ -59,6 +59,34 @@ def test_a_wrong_override_names_the_key_and_the_remedy(override: str, parts: lis
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("diffusion.timesteps=1000000000", "less than or equal to 100000"),
+        ("model.depth=1000000", "less than or equal to 1000"),
+        ("model.width=1000000", "less than or equal to"),
+        ("model.patch=1", "tokens"),
+        ("train.base_lr=inf", "finite"),
+        ("train.base_lr=nan", "finite"),
+        ("render.steps=100000000", "less than or equal to"),
+        ("evaluate.batch_views=1000000000", "less than or equal to"),
+    ],
+)
+def test_numbers_without_bound_are_refused_in_one_sentence(override: str, said: str) -> None:
+    changes = [override] if override != "model.patch=1" else ["model.size=[4096, 4096]", override]
+    with pytest.raises(UsageError) as caught:
+        load_settings(None, "pretrain", changes)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_published_sizes_stay_within_the_bounds() -> None:
+    giant = {"width": 1408, "depth": 40, "heads": 16, "patch": 14}  # ViT-g
+    with_overrides(Settings(), model={**giant, "mlp_ratio": 48 / 11})
+    with_overrides(Settings(), model={"width": 6144, "depth": 48, "heads": 48, "frames": 1})  # ViT-22B
+    with_overrides(Settings(), model={"frames": 64, "size": (1024, 1024)})
+
+
 def test_words_and_lists_can_be_set(tmp_path: Path) -> None:
     settings = load_settings(None, "pretrain", ["mask.kind=tube", "model.size=[64, 32]", "data.path=a/b"])
     assert (settings.mask.kind, settings.model.size, settings.data.path) == ("tube", (64, 32), "a/b")

@@ -10,14 +10,21 @@ from diffmae_video.registry import TaskName
 
 Stage = Literal["pretrain", "finetune", "evaluate", "render"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Count = Annotated[int, Field(gt=0, le=1000)]
+Width = Annotated[int, Field(gt=0, le=2**15)]
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+TOKENS, PARAMETERS = 2**17, 3 * 10**10
+"""Limits before memory is taken: settings also come from files of strangers."""
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class Section(BaseModel):
     """A group of settings: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class TeacherSettings(Section):
@@ -31,9 +38,9 @@ class TeacherSettings(Section):
     """Local weights; without it the library's own pretrained weights are loaded."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the feature loss beside the pixel loss."""
-    depth: Positive = 4
+    depth: Count = 4
     """Blocks of the feature decoder."""
-    width: Positive | None = None
+    width: Width | None = None
     """Width of the teacher's features; without it the teacher is loaded and asked."""
 
 
@@ -42,21 +49,21 @@ class ModelSettings(Section):
 
     preset: Literal["nano", "tiny", "small", "base", "large", "huge"] = "small"
     """Encoder size; `width`, `depth` and `heads` override single numbers of it."""
-    width: Positive | None = None
+    width: Width | None = None
     """Encoder width D."""
-    depth: Positive | None = None
+    depth: Count | None = None
     """Encoder blocks."""
-    heads: Positive | None = None
+    heads: Count | None = None
     """Encoder attention heads."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
     """Hidden width of the MLP over its input width."""
-    frames: Positive = 16
+    frames: Pixels = 16
     """Frames T of a clip; 1 for images (an image is repeated to fill one tubelet)."""
-    size: tuple[Positive, Positive] = (224, 224)
+    size: tuple[Pixels, Pixels] = (224, 224)
     """Height H and width W of a clip, pixels."""
-    tubelet: Positive = 2
+    tubelet: Pixels = 2
     """Frames t in one patch."""
-    patch: Positive = 16
+    patch: Pixels = 16
     """Pixels p on a side of one patch."""
     class_token: bool = False
     """Prepend a learned class token in the encoder."""
@@ -78,11 +85,11 @@ class ModelSettings(Section):
     """Stochastic depth of the last block, rising linearly from 0."""
     decoder: Literal["joint", "cross_self", "cross"] = "cross_self"
     """Decoder kind (paper, Figure 3)."""
-    decoder_depth: Positive = 4
+    decoder_depth: Count = 4
     """Decoder blocks (the field's habit: 4 for video, 8 for images)."""
-    decoder_width: Positive = 512
+    decoder_width: Width = 512
     """Decoder width E."""
-    decoder_heads: Positive = 8
+    decoder_heads: Count = 8
     """Decoder attention heads; never inferred from shapes."""
     decoder_class: bool = False
     """The joint decoder has a class token of its own instead of the encoder's (MAE-ST); needs `class_token`."""
@@ -100,6 +107,18 @@ class ModelSettings(Section):
     """Pixel scaling of the diffused variable: [-1, 1], ImageNet mean/std, or 0.45/0.225."""
     teacher: TeacherSettings | None = None
     """Second decoder on frozen features; absent by default."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> ModelSettings:
+        tokens = max(1, self.frames // self.tubelet) * (self.size[0] // self.patch) * (self.size[1] // self.patch)
+        if tokens > TOKENS:
+            raise ValueError(f"frames, size, tubelet and patch make {tokens} tokens, more than {TOKENS}")
+        values = 3 * self.tubelet * self.patch**2
+        parts = [(self.width or 1280, self.depth or 32), (self.decoder_width, self.decoder_depth)]
+        parameters = sum(width * (depth * (4 + 2 * self.mlp_ratio) * width + values) for width, depth in parts)
+        if parameters > PARAMETERS:
+            raise ValueError(f"the model would have about {parameters:.2g} parameters, more than {PARAMETERS:.2g}")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSettings:
@@ -123,9 +142,9 @@ class DiffusionSettings(Section):
 
     schedule: Literal["linear", "cosine", "flow"] = "linear"
     """Base variances, linear 1e-4..0.02 (DDPM) or cosine; or flow matching's straight line (rho = 1)."""
-    timesteps: Positive = 1000
+    timesteps: Annotated[int, Field(gt=0, le=100_000)] = 1000
     """Diffusion steps of training."""
-    rho: Annotated[float, Field(gt=0)] = 0.8
+    rho: Annotated[float, Field(gt=0, le=100)] = 0.8
     """Exponent of every beta; below 1 amplifies the noise (paper, section 3)."""
 
     @model_validator(mode="after")
@@ -153,11 +172,11 @@ class SourceSettings(Section):
     """Share of the batches drawn from this source, before normalisation."""
     batch_size: Positive | None = None
     """Samples a batch over all processes; `train.batch_size` by default."""
-    frames: Positive | None = None
+    frames: Pixels | None = None
     """Frames of a clip from this source; 1 for images. `model.frames` by default."""
-    size: tuple[Positive, Positive] | None = None
+    size: tuple[Pixels, Pixels] | None = None
     """Height and width from this source; `model.size` by default."""
-    repeats: Positive | None = None
+    repeats: Count | None = None
     """Clips per decoded video; `data.repeats` by default."""
     mask: MaskSettings | None = None
     """Mask of this source; the recipe's `mask` by default."""
@@ -184,11 +203,11 @@ class DataSettings(Section):
     `stride` and `fps` say nothing then."""
     segments: bool = False
     """One frame from each of model.frames equal parts of the video instead (TSN; VideoMAE on Something-Something)."""
-    repeats: Positive = 1
+    repeats: Count = 1
     """Clips taken from each decoded video (MAE-ST, repeated sampling)."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=1000)] = 2
     """Decoding processes per training process; 0 decodes in the training process."""
-    prefetch: Positive = 2
+    prefetch: Count = 2
     """Batches each worker keeps ready."""
     shuffle_block: Positive = 16
     """Shards that are shuffled together."""
@@ -321,17 +340,17 @@ class EvaluateSettings(Section):
     protocol: Literal["slowfast", "videomae", "segments", "seconds", "stride"] | None = None
     """Which frames and boxes those views are (evaluation/protocols.py). Without it the data set's own, as far as it
     shows clips at the speed of training."""
-    batch_views: Positive = 16
+    batch_views: Pixels = 16
     """Views per forward pass."""
     precision: Precision = "auto"
     """Number type of testing, probes and features; `auto` as in `train.precision`, on the device that tests."""
-    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    bootstrap: Annotated[int, Field(ge=0, le=10**6)] = 1000
     """Resamples of the confidence interval."""
     masks: tuple[str, ...] = ("random:0.75", "tube:0.75", "center")
     """Masks of the inpainting evaluation."""
     clips: Positive = 64
     """Clips of the split that the inpainting evaluation takes, evenly spread."""
-    samples: Positive = 4
+    samples: Count = 4
     """Samples per clip of the inpainting evaluation; their mean and the best of them are scored beside the first."""
 
 
@@ -342,18 +361,18 @@ class RenderSettings(Section):
     """`KIND[:VALUE]`, a box, or a file; see `diffmae render-inpaint --help`."""
     sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
     """Sampler."""
-    steps: Positive = 3
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 3
     """Denoising steps: the fewest within 1% of 1000-step DDPM that also beat the first step in features
     (docs/results.md); larger models may gain by more."""
     eta: Fraction = 0.0
     """DDIM's stochasticity: 0 deterministic, 1 like DDPM."""
-    samples: Positive = 1
+    samples: Count = 1
     """Samples per clip."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of a window that repeats the end of the window before it."""
-    margin: Annotated[float, Field(ge=0)] = 0.5
+    margin: Annotated[float, Field(ge=0, le=1000)] = 0.5
     """Context around a small mask, as a share of its size."""
-    feather: Annotated[int, Field(ge=0)] = 2
+    feather: Annotated[int, Field(ge=0, le=2**14)] = 2
     """Pixels inside the mask over which the result fades in."""
     blend: bool = True
     """Spread the step at the edge of a hole smoothly over the hole, so that colours meet."""
@@ -364,7 +383,7 @@ class RenderSettings(Section):
     """Distance between the frames of a window; the model's own by default."""
     window: Literal["auto", "whole", "tiles"] = "auto"
     """Where the model looks: squares around the holes where they fit, the whole frame, or overlapping squares."""
-    batch: Positive = 4
+    batch: Pixels = 4
     """Clips sampled at once."""
     precision: Precision = "auto"
     """Number type of sampling; `auto` as in `train.precision`, on the device that renders."""

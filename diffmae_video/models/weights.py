@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from diffmae_video.config import DiffusionSettings, ModelSettings
@@ -16,9 +18,12 @@ from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.presets import resolve
 from diffmae_video.models.tensors import tensor_problems
 
 FORMAT = 1
+_ODD = (AttributeError, KeyError, TypeError, ValueError, AssertionError, OSError, OverflowError, RuntimeError)
+"""What odd values in a model.json make the code that builds a module raise."""
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
 
 
@@ -91,13 +96,41 @@ def load_model(path: Path | str) -> DiffMAE | Classifier:
         description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] > FORMAT:
             raise DataError(f"{directory / DESCRIPTION} was written by a newer version; update diffmae-video.")
+        _check_size(description, directory / WEIGHTS)
         model = build_model(description)
         tensors = safetensors.torch.load_file(directory / WEIGHTS)
-    except (KeyError, TypeError, ValueError, AssertionError, OSError, safetensors.SafetensorError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{directory / DESCRIPTION} is not valid: {key}: {message}; copy or save it again.") from error
+    except (*_ODD, safetensors.SafetensorError) as error:
         raise DataError(f"{directory} cannot be read as a model ({error}); copy or save it again.") from error
     check_tensors(model, tensors, str(directory / WEIGHTS))
     model.load_state_dict(tensors)
     return model
+
+
+def _check_size(description: dict[str, Any], weights: Path) -> None:
+    """Refuse a description of more parameters than the weights hold, before the module takes memory.
+
+    Counts the matrices alone: what an honest model surely has.
+
+    Raises:
+        ValueError: it describes more.
+    """
+    model = ModelSettings.model_validate(description["model"])
+    size, patch = resolve(model), 3 * model.tubelet * model.patch**2
+    described = size.depth * int(size.width**2 * (4 + 2 * model.mlp_ratio)) + size.width * patch
+    if description["kind"] == "classifier":
+        described += int(description["classifier"]["num_classes"]) * size.width
+    elif description["kind"] == "diffmae":
+        described += model.decoder_depth * model.decoder_width**2 * 4
+    else:
+        return  # said where the module is built
+    with safetensors.safe_open(weights, framework="pt") as file:
+        held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    if described > held:
+        raise ValueError(f"{DESCRIPTION} describes at least {described} parameters, {WEIGHTS} holds {held}")
 
 
 def build_model(description: dict[str, Any]) -> DiffMAE | Classifier:
@@ -114,7 +147,13 @@ def build_model(description: dict[str, Any]) -> DiffMAE | Classifier:
 
 
 def check_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Raise DataError with the whole list unless the tensors fit the module exactly."""
+    """Raise DataError with the whole list unless the tensors fit the module exactly, and hold numbers."""
     problems = tensor_problems(model, tensors)
     if problems:
         raise DataError(f"{source} does not fit its model.json: {'; '.join(problems)}; copy or save it again.")
+    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if odd:
+        raise DataError(
+            f"{source} holds values that are no numbers in {len(odd)} of {len(tensors)} tensors, the first is "
+            f"{odd[0]}: its training diverged or the file is damaged; take an earlier checkpoint."
+        )

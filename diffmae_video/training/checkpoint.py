@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> Found:
     """Check a checkpoint's files against their sizes and SHA-256.
 
     Raises:
-        DataError: something is missing or differs.
+        DataError: something is missing or differs, or its step is no number of steps.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -77,6 +77,9 @@ def read_checkpoint(path: Path) -> Found:
             raise DataError(
                 f"Checkpoint {path} is of another format ({state['format']}); use the release that wrote it."
             )
+        step, named = state["step"], _NAME.fullmatch(path.name)
+        if type(step) is not int or not 0 <= step < 10**12 or (named and int(named[1]) != step):
+            raise DataError(f"Checkpoint {path} says that it is of step {step!r}; delete it to use the one before it.")
         for name, (size, digest) in files.items():
             file = path / name
             if (
@@ -86,7 +89,7 @@ def read_checkpoint(path: Path) -> Found:
                 or sha256_of(file) != digest
             ):
                 raise DataError(f"Checkpoint {path} is damaged in {name}; delete it to use the one before it.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Checkpoint {path} has no readable state.json ({error}); delete it.") from error
     return Found(path, state)
 

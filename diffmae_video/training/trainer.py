@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmae_video.config import Settings
-from diffmae_video.errors import DiffmaeError, UsageError
+from diffmae_video.errors import DataError, DiffmaeError, UsageError
 from diffmae_video.files import write_atomic
 from diffmae_video.training import optim, parallel, run, state
 from diffmae_video.training.checkpoint import Checkpointer, Found, load_tensors
@@ -90,7 +90,13 @@ class Trainer:
             self.directory / "checkpoints", self.distributed, train.keep_last, train.keep_every, train.mirror
         )
         if found is not None:
-            self._load(found)
+            try:
+                self._load(found)
+            except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"Checkpoint {found.path} cannot be continued: its state.json holds odd values ({error!r}); delete "
+                    "it to use the one before it."
+                ) from error
         if self.distributed.main:
             self.log = RunLog(self.directory, self.step, train.wandb, self.settings.model_dump(mode="json"))
             run.write_status(
@@ -105,6 +111,8 @@ class Trainer:
         longer = found.step < self.total  # a finished run may go on to a later last step
         if differs := run.identity_difference(found.state["identity"], self.wanted, but_length=longer):
             raise UsageError(f"Checkpoint {found.path} is of another run ({differs}); restore that, or start afresh.")
+        if found.step > self.total:
+            raise ValueError(f"step {found.step} of a run of {self.total}")
         rank, world = self.distributed.rank, self.distributed.world
         tensors = state.run_tensors(self.model, self.optimizer, self.average)
         same = found.state["world"] == world

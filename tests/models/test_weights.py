@@ -92,6 +92,52 @@ def test_damaged_models_are_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"depth": 10**6}}, "less than or equal to 1000"),
+        ({"model": {"depth": 1000}}, "describes at least"),
+        ({"model": {"patch": 1, "size": [4096, 4096], "frames": 8}}, "tokens"),
+        ({"model": {"size": [4096, 4096], "patch": 4096, "width": 30000, "heads": 10}}, "parameters"),
+        ({"model": {"mlp_ratio": float("inf")}}, "finite"),
+        ({"model": {"size": "wide"}}, "size"),
+        ({"model": []}, "model"),
+        ({"diffusion": {"timesteps": 10**9}}, "less than or equal to 100000"),
+        ({"format": "new"}, "cannot be read"),
+        ({"diffusion": None}, "not valid"),
+    ],
+)
+def test_odd_descriptions_are_refused_before_they_take_memory(tmp_path, change, said):
+    save_model(DiffMAE(ModelSettings(**VIDEO), DiffusionSettings()), tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    for key, value in change.items():
+        description[key] = {**description[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(DataError) as caught:
+        load_model(tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_for_a_billion_classes_is_refused(tmp_path):
+    save_model(Classifier(Encoder(ModelSettings(**VIDEO)), 3), tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["classifier"]["num_classes"] = 10**9
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match="describes at least"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    model = Classifier(Encoder(ModelSettings(**VIDEO)), 3)
+    with torch.no_grad():
+        model.encoder.blocks[1].mlp.fc1.weight[0, 0] = value
+    save_model(model, tmp_path)
+    with pytest.raises(DataError, match=r"1 of \d+ tensors, the first is encoder\.blocks\.1\.mlp\.fc1\.weight"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("pool", ["mean", "class", "attentive"])
 def test_classifier(pool, tmp_path):
     model = shaken(Classifier(Encoder(ModelSettings(**VIDEO, class_token=True)), 5, pool=pool, head_init=0.5))

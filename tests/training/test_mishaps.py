@@ -74,6 +74,36 @@ def test_checkpoint_is_on_disk_before_it_has_its_name(runs, tmp_path, monkeypatc
     assert str(tmp_path / "run" / "checkpoints") in synced
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": -1}, "step -1"),
+        ({"step": 10**12}, "step 1000000000000"),
+        ({"step": "two"}, "step 'two'"),
+        ({"step": 3}, "step 3"),  # the folder says 2
+        ({"files": []}, "format"),
+        ({"stream": {"epoch": -1, "consumed": 0}}, "place in the data"),
+        ({"stream": {"epoch": 0, "consumed": 10**30}}, "place in the data"),
+        ({"stream": None}, "odd values"),
+        ({"optimizer": {}}, "odd values"),
+        ({"best": [], "world": "one", "bad": 5}, "odd values"),
+        ({"identity": None}, "odd values"),
+    ],
+)
+def test_odd_numbers_of_a_checkpoint_are_one_sentence(runs, tmp_path_factory, tmp_path, change, said):
+    if not hasattr(runs, "two_steps"):
+        runs.two_steps = tmp_path_factory.mktemp("odd") / "run"
+        runs.here(runs.two_steps, "train.steps=2")
+    there = tmp_path / "step-00000002"
+    shutil.copytree(runs.two_steps / "checkpoints" / "step-00000002", there)
+    numbers = json.loads((there / "state.json").read_text())
+    (there / "state.json").write_text(json.dumps({**numbers, **change}))
+    with pytest.raises((DataError, UsageError)) as caught:
+        runs.here(tmp_path / "on", "train.steps=2", resume=str(there))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_kept_checkpoints(runs, tmp_path):
     runs.here(tmp_path / "run", "train.checkpoint_every=1", "train.keep_last=2", "train.keep_every=4")
     kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
