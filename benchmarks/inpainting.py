@@ -301,7 +301,7 @@ def small_model(folder: Path) -> Path:
 
 def write_clip(path: Path, count: int, height: int, width: int, fps: int) -> None:
     """A disc that circles over a still pattern."""
-    from diffmae_video.rendering.video import VideoWriter
+    from diffmae_video.rendering.writers import VideoWriter
 
     rows, columns = np.mgrid[:height, :width]
     still = np.stack([columns * 255 / width, rows * 255 / height, (rows + columns) % 64 * 4], -1).astype(np.uint8)
@@ -324,7 +324,7 @@ def strides(options: argparse.Namespace) -> list[dict[str, Any]]:
     The box takes the whole clip to cross half of the frame, so that a short window never sees some of what it hides.
     """
     from diffmae_video.rendering.inpaint import Inpainter
-    from diffmae_video.rendering.video import VideoSource
+    from diffmae_video.rendering.source import VideoSource
 
     model = load_model(options.run).eval().to(options.device)
     errors: dict[int, list[float]] = {}
@@ -351,7 +351,7 @@ def strides(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def crossing_box(frames: list[np.ndarray]) -> Iterable[Any]:
     """The frames of a clip, with a quarter-wide box that moves from the left quarter to the right one."""
-    from diffmae_video.rendering.inpaint import Frame
+    from diffmae_video.rendering.frames import Frame
 
     height, width = frames[0].shape[:2]
     for number, rgb in enumerate(frames):
@@ -367,8 +367,9 @@ def crossing_box(frames: list[np.ndarray]) -> Iterable[Any]:
 def edges(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Boxes that lie across the patches, by what is done about their edges: PSNR of the hidden pixels, and the step
     from the last visible pixel to the first painted one, beside that of the source (0 to 255)."""
-    from diffmae_video.rendering.inpaint import Frame, Inpainter
-    from diffmae_video.rendering.video import VideoSource
+    from diffmae_video.rendering.frames import Frame
+    from diffmae_video.rendering.inpaint import Inpainter
+    from diffmae_video.rendering.source import VideoSource
 
     model = load_model(options.run).eval().to(options.device)
     rows = []
@@ -384,29 +385,27 @@ def edges(options: argparse.Namespace) -> list[dict[str, Any]]:
             top, left = (int(places.integers(side // 2, n - side * 3 // 2)) for n in (height, width))
             boxes.append((frames, slice(top, top + side), slice(left, left + side)))
         for blend in (False, True):
-            for guide in (False, True):
-                errors, steps_, natural = [], [], []
-                for frames, ys, xs in boxes:
-                    hidden = np.zeros(frames[0].shape[:2], dtype=bool)
-                    hidden[ys, xs] = True
-                    settings = RenderSettings(steps=options.steps, blend=blend, guide=guide)
-                    inpainter = Inpainter(model, settings, stride=2, seed=0)
-                    for frame in inpainter.stream(Frame(n, rgb, hidden) for n, rgb in enumerate(frames)):
-                        difference = frame.result().astype(float) - frame.source
-                        errors.append(float((difference[hidden] ** 2).mean()))
-                        steps_.append(step_at(frame.result(), ys, xs))
-                        natural.append(step_at(frame.source, ys, xs))
-                rows.append(
-                    {
-                        "side of the box": f"{share:.0%}",
-                        "blend": blend,
-                        "guide": guide,
-                        "psnr_hidden": psnr_of(float(np.mean(errors))),
-                        "step at the edge": float(np.mean(steps_)),
-                        "in the source": float(np.mean(natural)),
-                        "clips": len(boxes),
-                    }
-                )
+            errors, steps_, natural = [], [], []
+            for frames, ys, xs in boxes:
+                hidden = np.zeros(frames[0].shape[:2], dtype=bool)
+                hidden[ys, xs] = True
+                settings = RenderSettings(steps=options.steps, blend=blend)
+                inpainter = Inpainter(model, settings, stride=2, seed=0)
+                for frame in inpainter.stream(Frame(n, rgb, hidden) for n, rgb in enumerate(frames)):
+                    difference = frame.result().astype(float) - frame.source
+                    errors.append(float((difference[hidden] ** 2).mean()))
+                    steps_.append(step_at(frame.result(), ys, xs))
+                    natural.append(step_at(frame.source, ys, xs))
+            rows.append(
+                {
+                    "side of the box": f"{share:.0%}",
+                    "blend": blend,
+                    "psnr_hidden": psnr_of(float(np.mean(errors))),
+                    "step at the edge": float(np.mean(steps_)),
+                    "in the source": float(np.mean(natural)),
+                    "clips": len(boxes),
+                }
+            )
     return rows
 
 

@@ -77,17 +77,7 @@ def evaluate(
     if task == "inpaint":
         from diffmae_video.pipelines import evaluate_inpainting
 
-        job = job_of(options)
-        evaluate_inpainting.evaluate_inpainting(
-            checkpoint=job.checkpoint,
-            data=job.data,
-            masks=masks,
-            overrides=job.overrides,
-            out=job.out,
-            seed=job.seed,
-            device=job.device,
-            dry_run=job.dry_run,
-        )
+        evaluate_inpainting.evaluate_inpainting(job_of(options), masks=masks)
         return
     from diffmae_video.pipelines import evaluate as stage
 
@@ -161,7 +151,7 @@ def compare(
 
     Example: diffmae compare runs/eval-001 runs/eval-002
     """
-    from diffmae_video.pipelines.compare import compare as run
+    from diffmae_video.pipelines.compare import compare_evaluations as run
     from diffmae_video.pipelines.compare import print_comparison
 
     result = run(a, b, views=views, common=common, out=out, seed=seed or 0)

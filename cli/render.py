@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from diffmae_video.cli.options import (
-    CheckpointOption,
-    Device,
-    DeviceOption,
-    DryRunOption,
-    OutOption,
-    RecipeOption,
-    ResumeOption,
-    SeedOption,
-    SetOption,
-    names_of,
-)
+from diffmae_video.cli.options import job_of, names_of, shares
 
 
+@shares("checkpoint", "recipe", "overrides", "out", "seed", "device", "resume", "dry_run")
 def render_inpaint(
     clip: Annotated[Path, typer.Argument(metavar="CLIP", help="Video, image, or folder of images.")],
     mask: Annotated[
@@ -30,8 +20,8 @@ def render_inpaint(
             metavar="MASK",
             envvar="DIFFMAE_MASK",
             help="random:0.75, tube:0.75, block:0.5, center, frames:8-15, future:0.5, box:x,y,w,h[@start-end] in "
-            "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (white is "
-            "hidden), a .npy array of bool (T, H, W). May be given several times.",
+            "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (what is "
+            "not black is hidden), a .npy array of bool (T, H, W). May be given several times.",
         ),
     ] = None,
     track: Annotated[
@@ -83,39 +73,23 @@ def render_inpaint(
     fps: Annotated[
         float, typer.Option("--fps", min=0.1, max=240, envvar="DIFFMAE_FPS", help="Rate of a folder of images.")
     ] = 24.0,
-    checkpoint: CheckpointOption = None,
-    recipe: RecipeOption = "auto",
-    override: SetOption = None,
-    out: OutOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = Device.auto,
-    resume: ResumeOption = "auto",
-    dry_run: DryRunOption = False,
+    **options: Any,
 ) -> None:
     """Hide a part of a clip and let a pre-trained model fill it in.
 
     Example: diffmae render-inpaint clip.mp4 --mask box:40%,30%,20%,40%
     """
-    from diffmae_video.pipelines.render_inpaint import render_inpaint as run
+    from diffmae_video.pipelines import render_inpaint as stage
+    from diffmae_video.rendering.masks import MaskRequest
 
-    options = {"codec": codec, "crf": crf, "sampler": sampler, "steps": steps, "samples": samples}
-    run(
+    fields = {"codec": codec, "crf": crf, "sampler": sampler, "steps": steps, "samples": samples}
+    stage.render(
+        job_of(options),
         clip,
-        masks=mask or [],
-        track=track,
-        dilate=dilate,
-        invert=invert,
-        checkpoint=checkpoint,
-        recipe=recipe,
-        overrides=override or [],
-        render={**options, "stride": stride, "window": window},
+        MaskRequest(tuple(mask or ()), track, dilate, invert),
+        options={**fields, "stride": stride, "window": window},
         lossless=lossless,
         fps=fps,
-        out=out,
-        seed=seed,
-        device=device.value,
-        resume=resume,
-        dry_run=dry_run,
     )
 
 

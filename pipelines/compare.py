@@ -11,6 +11,7 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.metrics import PairedTest, paired_test, top_k_hits
 from diffmae_video.evaluation.predictions import Predictions, class_difference, read_predictions, write_json
 from diffmae_video.pipelines import console
+from diffmae_video.rendering.report import Report
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CompareResult:
     out: Path | None
 
 
-def compare(
+def compare_evaluations(
     a: Path,
     b: Path,
     *,
@@ -146,8 +147,6 @@ def _align(left: Predictions, right: Predictions, a: Path, b: Path, common: bool
 
 
 def _write(result: CompareResult, a: Path, b: Path, out: Path) -> None:
-    from diffmae_video.rendering.report import Report
-
     out.mkdir(parents=True, exist_ok=True)
     facts = asdict(result) | {"a": str(a), "b": str(b), "out": str(out)}
     write_json(out / "compare.json", facts)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from diffmae_video.config import Settings
-    from diffmae_video.evaluation.classify import SplitViews
-    from diffmae_video.evaluation.metrics import ClassificationScores
-    from diffmae_video.evaluation.predictions import Predictions
+import numpy as np
+
+from diffmae_video.config import Settings, settings_toml
+from diffmae_video.data.shards import ShardReader
+from diffmae_video.evaluation.classify import SplitViews, decode_views
+from diffmae_video.evaluation.metrics import ClassificationScores, mistakes
+from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
+from diffmae_video.evaluation.views import Protocol
+from diffmae_video.rendering.figures import confusion_figure
+from diffmae_video.rendering.report import Report
+from diffmae_video.rendering.sheet import clip_strips
+from diffmae_video.rendering.writers import write_png
 
 MOST_CONFIDENT = 8  # mistakes in the picture strip
 
@@ -25,11 +32,6 @@ def write_evaluation(
     settings: Settings,
 ) -> None:
     """Write every file of an evaluation; eval.json last, for it says that the others are whole."""
-    from diffmae_video.config import settings_toml
-    from diffmae_video.evaluation.figures import confusion_figure, mistakes, strip_picture
-    from diffmae_video.evaluation.predictions import FILE, write_json, write_predictions
-    from diffmae_video.rendering.report import Report
-
     views, last = list(scores.items())[-1]
     (directory / "config.toml").write_text(settings_toml(settings), encoding="utf-8")
     write_predictions(directory / FILE, predictions)
@@ -50,8 +52,8 @@ def write_evaluation(
     page.table("Accuracy, %", ["views", "top-1", "95% interval", "top-5", "mean class"], accuracy_rows(scores))
     wrong = mistakes(predictions.probabilities[views], predictions.labels, MOST_CONFIDENT)
     if wrong:
-        strip = _mistake_strip(dataset, predictions, views, wrong, strip_picture)
-        (directory / "mistakes.png").write_bytes(strip)
+        strip = _mistake_strip(dataset, predictions, views, wrong)
+        write_png(directory / "mistakes.png", strip)
         page.image("The most confident mistakes", strip)
     page.image("Confusion", confusion)
     page.table("By class, worst first", ["class", "videos", "top-1 %", "most often taken for"], rows)
@@ -95,12 +97,8 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
         writer.writerows(rows)
 
 
-def _mistake_strip(dataset: SplitViews, predictions: Predictions, views: str, wrong: list[int], draw: Any) -> bytes:
+def _mistake_strip(dataset: SplitViews, predictions: Predictions, views: str, wrong: list[int]) -> np.ndarray:
     """Pictures of the videos in these rows of the predictions, each with what it is and what it was taken for."""
-    from diffmae_video.data.shards import ShardReader
-    from diffmae_video.evaluation.classify import decode_views
-    from diffmae_video.evaluation.views import Protocol
-
     table = dataset.manifest.samples(dataset.split)
     wanted = {predictions.keys[row]: row for row in wrong}
     places = {table.key(index): index for block in dataset.blocks for index in block if table.key(index) in wanted}
@@ -112,4 +110,4 @@ def _mistake_strip(dataset: SplitViews, predictions: Predictions, views: str, wr
             probability, taken = predictions.probabilities[views][row].max(dim=0)
             truth = predictions.classes[int(predictions.labels[row])]
             captions.append(f"{truth}\ntaken for {predictions.classes[int(taken)]}\n({probability:.0%}) {key[:24]}")
-    return draw(clips, captions)
+    return clip_strips(clips, captions)

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from diffmae_video.config import Settings
-from diffmae_video.errors import UsageError
+from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.classifiers import Loaded, load
 from diffmae_video.pipelines.console import say
 from diffmae_video.pipelines.find import find_run
+from diffmae_video.pipelines.job import Job
 from diffmae_video.training.hardware import pick_device
 
 
-def load_inpainter(
-    checkpoint: str | Path | None, device: str, overrides: Sequence[str], seed: int | None
-) -> tuple[str, Loaded]:
-    """A pre-training run (the workspace's newest without `checkpoint`) and its model; says which.
+def load_inpainter(job: Job) -> tuple[str, DiffMAE, Loaded]:
+    """The job's pre-training run (the workspace's newest without a checkpoint) and its model; says which.
 
     Raises:
         UsageError: no model is there, or it cannot inpaint.
+        DataError: its weights are not finite.
     """
-    source, which = find_run("pretrain", checkpoint)
+    source, which = find_run("pretrain", job.checkpoint)
     say(which)
-    loaded = load(source, pick_device(device), overrides, seed)
+    loaded = load(source, pick_device(job.device), job.overrides, job.seed)
     if not isinstance(loaded.model, DiffMAE):
         raise UsageError(f"{source} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint.")
-    return source, loaded
+    for name, tensor in loaded.model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise DataError(f"{source}: the weights {name} are not finite; give another checkpoint.")
+    return source, loaded.model, loaded
 
 
 def check_steps(settings: Settings) -> None:

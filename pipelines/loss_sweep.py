@@ -137,8 +137,8 @@ def _rows(result: LossSweep) -> list[list[float]]:
 def _write(result: LossSweep, source: str) -> None:
     from dataclasses import asdict
 
-    from diffmae_video.evaluation.figures import sweep_figure
     from diffmae_video.evaluation.predictions import write_json
+    from diffmae_video.rendering.figures import sweep_figure
     from diffmae_video.rendering.report import Report
 
     directory = result.directory

@@ -2,129 +2,121 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from diffmae_video.config import RenderSettings, Settings, load_settings, settings_toml, with_overrides
+from diffmae_video.config import RenderSettings, Settings, load_settings, with_overrides
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
-from diffmae_video.files import write_atomic
-from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
-from diffmae_video.pipelines.render_resume import WORK, WindowFiles, identity, open_directory, render_directory
-from diffmae_video.pipelines.workspace import Workspace
-from diffmae_video.rendering.album import Album, Journey
-from diffmae_video.rendering.inpaint import Frame, Inpainter
-from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask
-from diffmae_video.rendering.report import Report
+from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.render_report import RenderResult, read_render_result, write_render_result
+from diffmae_video.pipelines.render_resume import WORK, WindowFiles, render_identity
+from diffmae_video.pipelines.run import open_run
+from diffmae_video.rendering.album import Album, write_trajectory
+from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.inpaint import Inpainter
+from diffmae_video.rendering.masks import ClipMask, MaskRequest, build_mask
 from diffmae_video.rendering.sheet import Panels
-from diffmae_video.rendering.video import VideoSource, Writer, open_writer, write_png
+from diffmae_video.rendering.source import VideoSource
+from diffmae_video.rendering.writers import Writer, open_writer, write_png
+from diffmae_video.training.signals import stop_on_signal
 
 CHOICES = ("codec", "sampler", "window")
 """Options that take one of a few words."""
-EMBEDDED_MEGABYTES = 8
-"""Largest video that report.html plays inside."""
 
 
 @dataclass(frozen=True)
-class RenderResult:
-    """What `render_inpaint` made and measured; also written as result.json."""
+class Plan:
+    """Everything a render needs, found and checked before anything is written."""
 
-    directory: str
-    video: str
-    clip: str
-    mask: list[str]
-    frames: int
-    size: list[int]
-    psnr_masked: float
-    ssim_masked: float
-    psnr_full: float
-    ssim_full: float
-    masked_share: float
-    seconds: float
-    windows: int
-    windows_resumed: int
-    steps: int
-    sampler: str
-    samples: int
-    stride: int
-    seed: int
+    source: VideoSource
+    inpainter: Inpainter
+    mask: ClipMask
+    settings: Settings
     checkpoint: str
+    share: float
+    """Of the clip's pixels that is hidden."""
+    touched: list[int]
+    """Frames in which something is hidden."""
 
 
-def render_inpaint(
+def render(
+    job: Job,
     clip: Path | str,
+    mask: MaskRequest | Sequence[str] = (),
     *,
-    masks: Sequence[str] = (),
-    track: str | None = None,
-    dilate: int = 0,
-    invert: bool = False,
-    checkpoint: str | Path | None = None,
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    render: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     lossless: bool = False,
     fps: float = 24.0,
-    out: Path | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    resume: str = "auto",
-    dry_run: bool = False,
 ) -> RenderResult | None:
     """Inpaint a video, an image or a folder of frames, and write the result beside pictures and figures.
 
     Args:
+        job: its recipe names the `render` settings (those saved with the run without it), its checkpoint a pre-training
+            run.
         clip: video, image, or folder of images.
-        masks: what to hide (rendering.masks); the recipe's without it.
-        track: a box that moves between key frames.
-        dilate: pixels by which masks grow.
-        invert: hide what the masks show.
-        checkpoint: a pre-training run; the workspace's newest without it.
-        recipe: whose `render` settings apply; those saved with the run without it.
-        overrides: `section.field=value` texts.
-        render: single fields of the render settings, which win over all others.
+        mask: what to hide; the recipe's `render.mask` without it.
+        options: single fields of the render settings, which win over all others; None values count as absent.
         lossless: FFV1 output (PNG for an image), bit-equal outside the mask.
         fps: frame rate of a folder of images.
-        out: folder for the results.
-        seed: of noise and generated masks.
-        resume: `auto` continues an interrupted render of the same clip, mask, model and settings; `never` starts anew.
-        dry_run: print the plan and make nothing.
 
     Returns:
         What was made and measured; None for a dry run.
 
     Raises:
         UsageError: no model, a mask that does not fit, an output folder in use.
-        DataError: a clip that cannot be read.
+        DataError: a clip that cannot be read, weights that are damaged.
+        Stopped: a signal ended it; the same call continues.
     """
-    source_run, loaded = load_inpainter(checkpoint, device, overrides, seed)
-    settings = _settings(loaded.settings, recipe, overrides, render or {}, lossless)
-    source = VideoSource(clip, fps)
-    try:
-        return _render(
-            source, loaded.model, settings, list(masks), track, dilate, invert, out, resume, dry_run,
-            checkpoint=source_run, weights=loaded.weights_sha256,
-        )  # fmt: skip
-    finally:
-        source.close()
+    job.resume_auto_or_never()
+    with ExitStack() as stack:
+        checkpoint, model, loaded = load_inpainter(job)
+        settings = _settings(loaded.settings, job, options or {}, lossless)
+        source = VideoSource(clip, fps)
+        stack.callback(source.close)
+        stride = _stride(settings, source, model.settings.frames)
+        inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
+        plan = _plan(source, inpainter, mask, settings, checkpoint)
+        if job.dry_run:
+            return None
+        identity = render_identity(source, loaded.weights_sha256, settings, plan.mask.request, stride)
+        run = stack.enter_context(open_run(job, identity, finished="refuse" if job.resume == "never" else "yield"))
+        if run.earlier.get("status") == "finished":
+            say(f"{run.directory} holds this render already: done before.")
+            return read_render_result(run.directory)
+        if job.resume == "never":
+            shutil.rmtree(run.directory / WORK, ignore_errors=True)
+        inpainter.store = WindowFiles(run.directory / WORK / "windows")
+        request = stack.enter_context(stop_on_signal())
+        inpainter.between_steps = lambda: request.check(f"the same command continues the render of {clip}")
+        try:
+            result = _write(plan, run.directory)
+        except (UsageError, DataError):
+            if not run.earlier:
+                shutil.rmtree(run.directory / WORK, ignore_errors=True)  # so that the folder is given back
+            raise
+        shutil.rmtree(run.directory / WORK)
+        run.finish(clip=str(source.path), mask=result.mask, checkpoint=checkpoint)
+    say(
+        f"Done in {format_seconds(result.seconds)}: {result.video}. Hidden region against the source: "
+        f"PSNR {result.psnr_masked:.2f} dB, SSIM {result.ssim_masked:.3f}. Pictures and report.html lie beside it."
+    )
+    return result
 
 
-def _settings(
-    run: Settings, recipe: str | None, overrides: Sequence[str], render: dict[str, Any], lossless: bool
-) -> Settings:
-    if recipe not in (None, "auto"):
-        run = with_overrides(run, render=load_settings(recipe, "render", tuple(overrides)).render.model_dump())
-    chosen = {name: value for name, value in render.items() if value is not None}
+def _settings(run: Settings, job: Job, options: Mapping[str, Any], lossless: bool) -> Settings:
+    if job.recipe != "auto":
+        run = with_overrides(run, render=load_settings(job.recipe, "render", job.overrides).render.model_dump())
+    chosen = {name: value for name, value in options.items() if value is not None}
     for name in CHOICES:
         allowed = get_args(RenderSettings.model_fields[name].annotation)
         if name in chosen and chosen[name] not in allowed:
@@ -138,164 +130,35 @@ def _settings(
     return settings
 
 
-def _render(
-    source: VideoSource,
-    model: DiffMAE,
-    settings: Settings,
-    masks: list[str],
-    track: str | None,
-    dilate: int,
-    invert: bool,
-    out: Path | None,
-    resume: str,
-    dry_run: bool,
-    *,
-    checkpoint: str,
-    weights: str,
-) -> RenderResult | None:
-    render = settings.render
-    texts = masks or ([] if track else [render.mask])
-    stride = _stride(settings, source, model)
-    inpainter = Inpainter(model, render, stride=stride, seed=settings.seed)
-    canvas = Canvas(
-        source.height, source.width, source.frames, float(source.fps), inpainter.grid, inpainter.span, settings.seed
-    )
-    mask = build_mask(texts, canvas, track=track, dilate=dilate, invert=invert)
-    share, touched = _survey(mask, source.frames, texts, track)
-    seconds = source.frames / float(source.fps)
-    say(
-        f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, {seconds:.3g} s. "
-        f"Mask: {', '.join([*texts, *(['--track'] if track else [])])}, {share:.1%} hidden. "
-        f"Windows of {model.settings.frames} frames, stride {stride}, at "
-        f"{model.settings.size[1]}x{model.settings.size[0]}; {render.sampler}, {render.steps} steps."
-    )
-    if dry_run:
-        return None
-    mark = identity(source, weights, settings, texts, track, dilate, invert, stride)
-    directory = render_directory(out, mark, resume)
-    fresh = not directory.exists()
-    inpainter.store = open_directory(directory, mark)
-    try:
-        result = _run(source, inpainter, mask, texts, directory, settings, checkpoint, track, touched)
-    except (UsageError, DataError):
-        if fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-    shutil.rmtree(directory / WORK)
-    Workspace.here().record("render", directory, clip=str(source.path), mask=result.mask, checkpoint=checkpoint)
-    say(
-        f"Done in {format_seconds(result.seconds)}: {result.video}. Hidden region against the source: "
-        f"PSNR {result.psnr_masked:.2f} dB, SSIM {result.ssim_masked:.3f}. Pictures and report.html lie beside it."
-    )
-    return result
-
-
-def _run(
-    source: VideoSource,
-    inpainter: Inpainter,
-    mask: FrameMask,
-    texts: list[str],
-    directory: Path,
-    settings: Settings,
-    checkpoint: str,
-    track: str | None,
-    touched: list[int],
-) -> RenderResult:
-    render, started = settings.render, time.monotonic()
-    still = source.kind == "image"
-    codec = ("png" if render.codec != "gif" else "gif") if still else render.codec
-    journey = _journey(inpainter, render.steps, directory / WORK)
-    closeness, album = Closeness(), Album(touched)
-    hidden_pixels = 0
-    labels = ["source", "masked", "MAE's one step", "result"]
-    panels = Panels(labels, source.height, source.width)
-    with ExitStack() as undo:
-
-        def writer(stem: str, kind: str, size: tuple[int, int] | None = None) -> Writer:
-            made = open_writer(directory, stem, source, kind, render.crf, size)
-            undo.callback(made.abort)
-            return made
-
-        results = [writer("inpainted" if k == 0 else f"inpainted-{k + 1}", codec) for k in range(render.samples)]
-        comparison = writer("comparison", "png" if still else "h264", panels.size)
-        with progress(source.frames, "render-inpaint", "frames") as line:
-            for frame in inpainter.stream(_frames(source, mask)):
-                for k, made in enumerate(results):
-                    made.write(frame.result(k), frame.pts)
-                comparison.write(
-                    panels.compose([frame.source, frame.masked(), frame.one_step(), frame.result()]), frame.pts
-                )
-                closeness.add(frame.source, frame.result(), frame.hidden)
-                hidden_pixels += int(frame.hidden.sum())
-                album.add(frame)
-                line.update(1, windows=inpainter.windows)
-        if hidden_pixels == 0:
-            raise UsageError(f"--mask {', '.join(texts)} hides nothing of the clip; choose what to inpaint.")
-        outputs = [made.path for made in results]
-        for made in [*results, comparison]:
-            made.close()
-        undo.pop_all()
-    if still:
-        outputs = [_single(path) for path in outputs]
-        _single(comparison.path)
-    write_png(directory / "sheet.png", album.sheet(f"{source.path.name}, {', '.join(texts) or 'track'}"))
-    if render.samples > 1:
-        write_png(directory / "uncertainty.png", album.uncertainty(f"Spread of {render.samples} samples"))
-    if journey.whole:
-        journey.write(directory / "trajectory.mp4")
-    result = RenderResult(
-        directory=str(directory),
-        video=str(outputs[0]),
-        clip=str(source.path),
-        mask=[*texts, *([f"track {track}"] if track else [])],
-        frames=closeness.frames,
-        size=[source.width, source.height],
-        masked_share=hidden_pixels / (closeness.frames * source.height * source.width),
-        seconds=round(time.monotonic() - started, 3),
-        windows=inpainter.windows,
-        windows_resumed=inpainter.restored,
-        steps=render.steps,
-        sampler=render.sampler,
-        samples=render.samples,
-        stride=inpainter.stride,
-        seed=settings.seed,
-        checkpoint=checkpoint,
-        **closeness.figures(),
-    )
-    write_atomic(directory / "config.toml", settings_toml(settings))
-    _report(result, settings, directory, still)
-    write_atomic(directory / "result.json", json.dumps(asdict(result), indent=1) + "\n")
-    return result
-
-
-def _journey(inpainter: Inpainter, steps: int, work: Path) -> Journey:
-    """Follows the first window, or takes what an interrupted render has kept of it."""
-    journey, store = Journey(steps), WindowFiles(work)
-    kept = store.load("trajectory")
-    if kept is not None:
-        journey.states = list(kept)
-
-    def see(step: int, noisy: np.ndarray, x0: np.ndarray) -> None:
-        journey.see(step, noisy, x0)
-        if journey.whole:
-            store.save("trajectory", np.stack(journey.states))
-
-    inpainter.callback = see
-    return journey
-
-
-def _frames(source: VideoSource, mask: FrameMask) -> Iterator[Frame]:
-    for number, frame in enumerate(source):
-        yield Frame(number, frame.rgb, mask(min(number, source.frames - 1)), frame.pts)
-
-
-def _stride(settings: Settings, source: VideoSource, model: DiffMAE) -> int:
+def _stride(settings: Settings, source: VideoSource, length: int) -> int:
     """The stride asked for, or the one the model was trained with, as far as the clip is long enough for it."""
     stride = settings.render.stride or settings.data.stride
-    return max(1, min(stride, source.frames // model.settings.frames))
+    return max(1, min(stride, source.frames // length))
 
 
-def _survey(mask: FrameMask, frames: int, texts: list[str], track: str | None) -> tuple[float, list[int]]:
+def _plan(
+    source: VideoSource, inpainter: Inpainter, asked: MaskRequest | Sequence[str], settings: Settings, checkpoint: str
+) -> Plan:
+    """Read the mask, look at all of it, and say what is about to happen."""
+    request = asked if isinstance(asked, MaskRequest) else MaskRequest(tuple(asked))
+    if not request.texts and not request.track:
+        request = MaskRequest((settings.render.mask,), None, request.dilate, request.invert)
+    shape = inpainter.clip_shape((source.height, source.width), source.frames, float(source.fps))
+    mask = build_mask(request, shape)
+    share, touched = _survey(mask, source.frames)
+    for note in mask.notes:
+        say(note)
+    model, render = inpainter.model.settings, settings.render
+    say(
+        f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, "
+        f"{source.frames / float(source.fps):.3g} s. Mask: {request}, {share:.1%} hidden. "
+        f"Windows of {model.frames} frames, stride {inpainter.stride}, at {model.size[1]}x{model.size[0]}; "
+        f"{render.sampler}, {render.steps} steps."
+    )
+    return Plan(source, inpainter, mask, settings, checkpoint, share, touched)
+
+
+def _survey(mask: ClipMask, frames: int) -> tuple[float, list[int]]:
     """Share of the clip that is hidden, and the frames concerned; refuses a mask that hides nothing or everything."""
     total = hidden = 0
     touched = []
@@ -305,56 +168,74 @@ def _survey(mask: FrameMask, frames: int, texts: list[str], track: str | None) -
         hidden, total = hidden + count, total + one.size
         if count:
             touched.append(number)
-    name = ", ".join(texts) or f"--track {track}"
     if hidden == 0:
-        raise UsageError(f"--mask {name} hides nothing of the clip; choose what to inpaint.")
+        read = f" ({' '.join(mask.notes)})" if mask.notes else ""
+        raise UsageError(f"--mask {mask.request} hides nothing of the clip{read}; choose what to inpaint.")
     if hidden == total:
-        raise UsageError(f"--mask {name} hides the whole clip; leave something visible to go by.")
+        raise UsageError(f"--mask {mask.request} hides the whole clip; leave something visible to go by.")
     return hidden / total, touched
 
 
-def _single(folder: Path) -> Path:
-    """A folder with one picture becomes the picture."""
-    file = folder.with_suffix(".png")
-    if folder.is_dir():
-        os.replace(folder / "00000.png", file)
-        folder.rmdir()
-        return file
-    return folder
+def _frames(plan: Plan) -> Iterator[Frame]:
+    for number, frame in enumerate(plan.source):
+        yield Frame(number, frame.rgb, plan.mask(min(number, plan.source.frames - 1)), frame.pts)
 
 
-def _report(result: RenderResult, settings: Settings, directory: Path, still: bool) -> None:
-    report = Report(f"Inpainting of {Path(result.clip).name}")
-    report.text(
-        f"Mask **{', '.join(result.mask)}**, {result.masked_share:.1%} of the pixels hidden; {result.sampler}, "
-        f"{result.steps} steps, seed {result.seed}; {result.windows} windows in {result.seconds:.1f} s.\n\n"
-        "PSNR and SSIM compare the result with the source. One sample of a sharp model has a lower PSNR than the "
-        "blurred mean of all plausible answers, which is what one step shows."
+def _write(plan: Plan, directory: Path) -> RenderResult:
+    """Stream the clip through the model into its files, then write what is read off it."""
+    started, settings = time.monotonic(), plan.settings
+    source, inpainter, samples = plan.source, plan.inpainter, settings.render.samples
+    closeness, album, hidden = Closeness(), Album(plan.touched), 0
+    panels = Panels(["source", "masked", "MAE's one step", "result"], source.height, source.width)
+    with ExitStack() as undo:
+
+        def writer(stem: str, codec: str, size: tuple[int, int] | None = None) -> Writer:
+            made = open_writer(directory, stem, source, codec, settings.render.crf, size)
+            undo.callback(made.abort)
+            return made
+
+        names = ["inpainted", *(f"inpainted-{k}" for k in range(2, samples + 1))]
+        results = [writer(name, settings.render.codec) for name in names]
+        comparison = writer("comparison", "h264", panels.size)
+        with progress(source.frames, "render-inpaint", "frames") as line:
+            for frame in inpainter.stream(_frames(plan)):
+                for k, made in enumerate(results):
+                    made.write(frame.result(k), frame.pts)
+                pictures = [frame.source, frame.masked(), frame.one_step(), frame.result()]
+                comparison.write(panels.compose(pictures), frame.pts)
+                closeness.add(frame.source, frame.result(), frame.hidden)
+                hidden += int(frame.hidden.sum())
+                album.add(frame)
+                line.update(1, windows=inpainter.windows)
+                inpainter.between_steps()
+        if hidden == 0:  # of the frames that could be decoded
+            raise UsageError(f"--mask {plan.mask.request} hides nothing of the clip; choose what to inpaint.")
+        for made in [*results, comparison]:
+            made.close()
+        undo.pop_all()
+    write_png(directory / "sheet.png", album.sheet(f"{source.path.name}, {plan.mask.request}"))
+    if samples > 1:
+        write_png(directory / "uncertainty.png", album.uncertainty(f"Spread of {samples} samples"))
+    if inpainter.trajectory is not None and len(inpainter.trajectory.steps) > 1:
+        write_trajectory(directory / "trajectory.mp4", inpainter.trajectory, settings.render.steps)
+    result = RenderResult(
+        directory=str(directory),
+        video=str(results[0].path),
+        clip=str(source.path),
+        mask=plan.mask.request.names(),
+        frames=closeness.frames,
+        size=[source.width, source.height],
+        masked_share=hidden / (closeness.frames * source.height * source.width),
+        seconds=round(time.monotonic() - started, 3),
+        windows=inpainter.windows,
+        windows_resumed=inpainter.restored,
+        steps=settings.render.steps,
+        sampler=settings.render.sampler,
+        samples=samples,
+        stride=inpainter.stride,
+        seed=settings.seed,
+        checkpoint=plan.checkpoint,
+        **closeness.figures(),
     )
-    report.table(
-        "Against the source",
-        ["region", "PSNR, dB", "SSIM"],
-        [["hidden", result.psnr_masked, result.ssim_masked], ["whole frame", result.psnr_full, result.ssim_full]],
-    )
-    if still:
-        report.image("Comparison", directory / "comparison.png")
-    else:
-        _video(report, "Source, masked, one step, result", directory / "comparison.mp4")
-        if Path(result.video).suffix in (".mp4", ".gif"):
-            _video(report, "Result", Path(result.video))
-    report.image("Frames", directory / "sheet.png")
-    if (directory / "uncertainty.png").is_file():
-        report.image("Uncertainty", directory / "uncertainty.png")
-    if (directory / "trajectory.mp4").is_file():
-        report.video("From noise to the sample: state and prediction", directory / "trajectory.mp4")
-    report.settings(settings_toml(settings))
-    report.write(directory / "report.html")
-
-
-def _video(report: Report, title: str, path: Path) -> None:
-    """Embed a video, or say where it is: a page is held in memory whole, by us and by the browser."""
-    megabytes = path.stat().st_size / 1e6
-    if megabytes <= EMBEDDED_MEGABYTES:
-        report.video(title, path)
-    else:
-        report.text(f"**{title}**: `{path.name}`, {megabytes:.0f} MB, too large for this page, lies beside it.")
+    write_render_result(result, settings)
+    return result

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffmae_video.config import read_settings, setting_keys
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.rendering.report import Report
@@ -114,8 +115,6 @@ def _labels(runs: Sequence[Path]) -> list[str]:
 
 
 def _differences(runs: Sequence[Path]) -> list[tuple[str, ...]]:
-    from diffmae_video.config import read_settings, setting_keys
-
     tables = [read_settings(run / "config.toml").model_dump(mode="json") for run in runs]
     rows = []
     for key in setting_keys():

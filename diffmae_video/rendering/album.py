@@ -1,4 +1,4 @@
-"""What a render keeps to be looked at: a sheet of frames, the spread of samples, and how a window takes shape."""
+"""What a render keeps to be looked at: a sheet of frames, the spread of samples, and how a clip takes shape."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from diffmae_video.rendering.inpaint import Frame
+from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.inpaint import Trajectory
 from diffmae_video.rendering.sheet import Panels, colour_bar, contact_sheet, heat, spread
-from diffmae_video.rendering.video import VideoWriter
+from diffmae_video.rendering.writers import VideoWriter
 
 SHEET_COLUMNS = 8
-JOURNEY_FRAMES = 4  # frames of the first clip that are shown
-JOURNEY_STEPS = 60  # steps that are shown, at most
-JOURNEY_REST = 15  # pictures for which the result stands still
-JOURNEY_LENGTH = 30  # pictures of the way there, at least: few steps stand still for a while
-JOURNEY_RATE = 10  # pictures a second
+MOVIE_REST = 15  # pictures for which the sample stands still at the end
+MOVIE_PICTURES = 30  # pictures of the denoising, at least: few steps stand still for a while
+MOVIE_RATE = 10  # pictures a second
 
 
 class Album:
@@ -63,57 +62,32 @@ class Album:
         return [f"frame {frame.number}" for frame in self.frames]
 
 
-class Journey:
-    """From noise to sample: frames of the first clip at denoising steps, the noisy state above its prediction.
+def write_trajectory(path: Path, trajectory: Trajectory, steps: int) -> None:
+    """Write a movie from noise to the sample: the noisy clip above its prediction, ending with the sample.
 
     Args:
-        steps: of the sampler; up to JOURNEY_STEPS of them are kept, evenly spread.
+        steps: denoising steps in all.
     """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.chosen = sorted(set(np.linspace(0, steps - 1, min(steps, JOURNEY_STEPS)).round().astype(int).tolist()))
-        self.states: list[np.ndarray] = []  # one a chosen step: uint8 (2, 4, h, w, 3), noisy and predicted
-
-    def see(self, step: int, noisy: np.ndarray, x0: np.ndarray) -> None:
-        """Keep a step: both uint8 (T, h, w, 3)."""
-        if step == 0:
-            self.states.clear()
-        if step in self.chosen:
-            frames = np.linspace(0, len(x0) - 1, min(JOURNEY_FRAMES, len(x0))).round().astype(int)
-            self.states.append(np.stack([noisy[frames], x0[frames]]))
-
-    @property
-    def whole(self) -> bool:
-        """Whether there is a way to show, from the first step to the last."""
-        return len(self.chosen) > 1 and len(self.states) == len(self.chosen)
-
-    def write(self, path: Path) -> None:
-        """Write the movie; it ends with the sample, which the last prediction is."""
-        _, columns, height, width, _ = self.states[0].shape
-        movie: VideoWriter | None = None
-        steps = zip(self.chosen, self.states, strict=True)
-        hold = max(1, JOURNEY_LENGTH // len(self.chosen))
-        pictures = [
-            (f"noisy, step {step + 1} of {self.steps}", "prediction", *state)
-            for step, state in steps
-            for _ in range(hold)
-        ]
-        pictures += [("sample", "", self.states[-1][1], self.states[-1][1])] * JOURNEY_REST
-        blank = [""] * (columns - 1)
-        try:
-            for number, (above, below, noisy, x0) in enumerate(pictures):
-                rows = [
-                    Panels([above, *blank], height, width).compose(noisy),
-                    Panels([below, *blank], height, width).compose(x0),
-                ]
-                frame = np.concatenate(rows)
-                if movie is None:
-                    rate = Fraction(JOURNEY_RATE)
-                    movie = VideoWriter(path, frame.shape[:2], 1 / rate, rate)
-                movie.write(frame, number)
-            movie.close()
-        except BaseException:
-            if movie is not None:
-                movie.abort()
-            raise
+    columns, height, width = trajectory.states.shape[2:5]
+    hold = max(1, MOVIE_PICTURES // len(trajectory.steps))
+    pictures = [
+        (f"noisy, step {step + 1} of {steps}", "prediction", *state)
+        for step, state in zip(trajectory.steps, trajectory.states, strict=True)
+        for _ in range(hold)
+    ]
+    last = trajectory.states[-1, 1]
+    pictures += [("sample", "", last, last)] * MOVIE_REST
+    blank, rate = [""] * (columns - 1), Fraction(MOVIE_RATE)
+    labels = [
+        (Panels([above, *blank], height, width), Panels([below, *blank], height, width))
+        for above, below, *_ in pictures
+    ]
+    size = (2 * labels[0][0].size[0], labels[0][0].size[1])
+    movie = VideoWriter(path, size, 1 / rate, rate)
+    try:
+        for number, ((above, below), (_, _, noisy, x0)) in enumerate(zip(labels, pictures, strict=True)):
+            movie.write(np.concatenate([above.compose(noisy), below.compose(x0)]), number)
+        movie.close()
+    except BaseException:
+        movie.abort()
+        raise

@@ -1,15 +1,15 @@
 """Fill the hidden part of videos of any size and length with a DiffMAE.
 
-The model looks at windows: a rectangle of the frame around what is hidden, over `frames * stride` frames of the
+The model looks at windows: a rectangle of the frame around what is unfilled, over `frames * stride` frames of the
 source. With a stride of s a window is s interleaved clips of the model's length, sampled as one batch from the same
 noise. What one window has filled is visible context of the next, and frames leave as soon as nothing in them is
-hidden, so that memory does not grow with the length.
+unfilled. See `frames` for the stream around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,64 +17,84 @@ import torch
 from torch import Tensor
 
 from diffmae_video.config import RenderSettings
-from diffmae_video.errors import UsageError
+from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import Mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
-from diffmae_video.rendering.masks import Canvas, FrameMask, build_mask, masks_of_tensor
+from diffmae_video.rendering.drawn import FrameMask, mask_of_array
+from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.masks import ClipShape, build_mask
 from diffmae_video.rendering.paste import Hole
-from diffmae_video.rendering.windows import Window, certain, enlarge, place_windows, shrink, to_cells
+from diffmae_video.rendering.windows import Window, enlarge, place_windows, shrink, to_cells
 from diffmae_video.training.hardware import autocast
+
+TRAJECTORY_STEPS = 60
+"""Denoising steps that are kept to be shown, at most."""
+TRAJECTORY_FRAMES = 4
+"""Frames of the clip that are kept of each step."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How a clip takes shape: some frames of it at some denoising steps."""
+
+    steps: tuple[int, ...]
+    """Numbers of the S steps that were kept, from 0."""
+    states: np.ndarray
+    """uint8 (S, 2, F, h, w, 3): the noisy x_t and the prediction x_0, pasted into the clip."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A batch of clips as the model filled them."""
+
+    results: np.ndarray
+    """uint8 (B, T, h, w, 3)."""
+    first: np.ndarray
+    """The same after the first denoising step."""
+    trajectory: Trajectory | None = None
+    """Of the first clip, where it was asked for."""
 
 
 class WindowStore(Protocol):
     """Keeps what was sampled, so that an interrupted render continues."""
 
-    def load(self, key: str) -> np.ndarray | None: ...
-    def save(self, key: str, clips: np.ndarray) -> None: ...
+    def load(self, key: str) -> Sampled | None:
+        """What was saved under a key; None where nothing was."""
+        ...
+
+    def save(self, key: str, sampled: Sampled) -> None:
+        """Keep a batch, whole or not at all."""
+        ...
 
 
-@dataclass
-class Frame:
-    """A frame on its way through: where nothing is open any more, it is finished."""
+@dataclass(frozen=True)
+class Batch:
+    """Clips that are sampled together, and where they lie."""
 
-    number: int
-    source: np.ndarray  # uint8 (H, W, 3)
-    hidden: np.ndarray  # bool (H, W), what the mask hides
-    pts: int = 0
-    open: np.ndarray = field(default=None)  # type: ignore[assignment]  # bool (H, W), hidden and not yet filled
-    filled: list[np.ndarray] = field(default_factory=list)  # K x uint8 (H, W, 3), one a sample
-    first: np.ndarray = field(default=None)  # type: ignore[assignment]  # uint8 (H, W, 3), the first step's answer
-
-    def result(self, sample: int = 0) -> np.ndarray:
-        """Sample `sample` of this frame, uint8 (H, W, 3); the source itself where nothing was hidden."""
-        return self.filled[sample] if self.filled else self.source
-
-    def one_step(self) -> np.ndarray:
-        """The masked autoencoder's answer: the prediction of the first denoising step, uint8 (H, W, 3)."""
-        return self.source if self.first is None else self.first
-
-    def masked(self, grey: int = 127) -> np.ndarray:
-        """The source with the hidden part in grey, uint8 (H, W, 3)."""
-        shown = self.source.copy()
-        shown[self.hidden] = grey
-        return shown
-
-
-Callback = Callable[[int, np.ndarray, np.ndarray], None]
-"""(step, noisy state x_t, prediction x_0), both uint8 (T, h, w, 3): a window's first clip at the model's size."""
+    clips: list[list[Frame]]
+    """B clips of T frames; a frame may stand several times."""
+    window: Window
+    key: str
+    """Name of the batch in the store, unlike that of any other."""
+    seed: int
 
 
 class Inpainter:
-    """Streams frames through a model.
+    """The filler that asks a model (`frames.Filler`).
 
     Args:
         model: a DiffMAE in eval mode, on its device.
         settings: sampling and composition.
         stride: source frames between the frames of a clip.
         seed: of the noise.
-        store: keeps finished windows, for `--resume`.
-        callback: sees each denoising step of the first window's first clip (sample 0).
+        store: keeps finished batches, to continue after an interruption.
+        between_steps: called between denoising steps; what it raises (a signal has asked to stop) ends the stream.
+
+    Attributes:
+        windows: windows filled so far.
+        restored: batches of clips taken from the store instead of sampled.
+        trajectory: how the first clip of sample 0 took shape; None before.
     """
 
     def __init__(
@@ -85,28 +105,35 @@ class Inpainter:
         stride: int = 1,
         seed: int = 0,
         store: WindowStore | None = None,
-        callback: Callback | None = None,
+        between_steps: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.settings = model, settings or RenderSettings()
-        self.stride, self.seed, self.store, self.callback = stride, seed, store, callback
-        self.size = model.settings.size
+        self.stride, self.seed, self.store, self.between_steps = stride, seed, store, between_steps
+        height, width = model.settings.size
+        self.size = height, width
         self.length = model.settings.frames  # T of a clip
         self.tubelet = model.settings.tubelet if self.length > 1 else 1
-        self.grid = (self.length // self.tubelet, *(n // model.settings.patch for n in self.size))
+        patch = model.settings.patch
+        self.grid = (self.length // self.tubelet, height // patch, width // patch)
         self.device = next(model.parameters()).device
-        self.windows = 0  # windows filled so far
-        self.restored = 0  # batches of clips taken from the store instead of sampled
+        self.windows = self.restored = 0
+        self.trajectory: Trajectory | None = None
 
     @property
     def span(self) -> int:
         """Source frames that one window covers."""
         return self.length * self.stride
 
+    def clip_shape(self, size: tuple[int, int], frames: int, fps: float) -> ClipShape:
+        """What a mask must fit, for a clip of this size (height, width), length and rate."""
+        return ClipShape(*size, frames, fps, self.grid, self.span, self.seed)
+
     def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """Fill frames as they come and yield each, in order, once it is finished.
 
         Raises:
             UsageError: a stretch of the video is hidden whole, with nothing visible to go by.
+            DataError: the model answers with values that are not finite.
         """
         source = iter(frames)
         buffer: list[Frame] = []  # finished context, then frames in work
@@ -120,25 +147,21 @@ class Inpainter:
                     if frame is None:
                         ended = True
                         break
-                    buffer.append(self._prepare(frame))
-                if buffer[needed].open.any():
+                    buffer.append(frame)
+                if buffer[needed].unfilled.any():
                     break
                 needed += 1
             yield from buffer[emitted:needed]
-            emitted = needed
-            buffer, emitted = _drop(buffer, emitted, keep=self.span)
+            gone = max(0, needed - self.span)  # no later window can look back at these
+            buffer, emitted = buffer[gone:], needed - gone
             if ended and emitted == len(buffer):
                 return
             while not ended and len(buffer) < emitted + self.span:
                 frame = next(source, None)
                 ended = frame is None
                 if frame is not None:
-                    buffer.append(self._prepare(frame))
+                    buffer.append(frame)
             self._fill(buffer, emitted, ended)
-
-    def _prepare(self, frame: Frame) -> Frame:
-        frame.open = frame.hidden.copy()
-        return frame
 
     def _fill(self, buffer: list[Frame], at: int, ended: bool) -> None:
         """Choose the frames of the next window, all of whose hidden pixels are filled then."""
@@ -147,7 +170,7 @@ class Inpainter:
         if ended and buffer[0].number + total < self.span:  # the whole video is shorter than a window
             stride = max(1, (buffer[0].number + total) // self.length)
         span, cell = self.length * stride, self.tubelet * stride
-        last = max(i for i in range(at, min(at + span, total)) if buffer[i].open.any())
+        last = max(i for i in range(at, min(at + span, total)) if buffer[i].unfilled.any())
         run = last - at + 1
         gap = run <= span - 2 * cell  # something visible may stand on both sides: put it in the middle
         back = (span - run) // 2 if gap else round(self.settings.overlap * span)
@@ -156,110 +179,117 @@ class Inpainter:
             start = max(0, min(start, total - span))
         aligned = (buffer[0].number + start) // cell * cell - buffer[0].number  # token edges stay where masks have them
         start = aligned if aligned >= 0 and aligned + span > at else start
-        if not buffer[start:at] and all(frame.open.all() for frame in buffer[at : start + span]):
+        if not buffer[start:at] and all(frame.unfilled.all() for frame in buffer[at : start + span]):
             first, end = buffer[at].number, buffer[min(start + span, total) - 1].number
             raise UsageError(
                 f"Frames {first} to {end} are hidden whole and nothing before them is visible; leave some visible."
             )
-        places = [min(i, total - 1) for i in range(start, start + span)]  # the last frame stands in beyond the end
+        places = [min(i, total - 1) for i in range(start, start + span)]  # the last frame is repeated beyond the end
         self._fill_frames([buffer[i] for i in places], stride)
 
     def _fill_frames(self, frames: list[Frame], stride: int) -> None:
         for frame in frames:
-            if frame.open.any() and not frame.filled:
-                frame.filled = [frame.source.copy() for _ in range(self.settings.samples)]
-                frame.first = frame.source.copy()
-        union = np.logical_or.reduce([frame.open for frame in frames])
+            if frame.unfilled.any():
+                frame.open_samples(self.settings.samples)
+        union = np.logical_or.reduce([frame.unfilled for frame in frames])
         windows = place_windows(union, self.size, self.settings.margin, self.settings.window)
         for part, window in enumerate(windows):
             clips = [frames[phase::stride] for phase in range(stride)]
-            clips = [clip for clip in clips if any(window.of(frame.open).any() for frame in clip)]
+            clips = [clip for clip in clips if any(window.of(frame.unfilled).any() for frame in clip)]
+            # one seed for the interleaved clips of a window: they show the same moment
+            seed = self.seed * 1_000_003 + frames[0].number * 1009 + part
             for begin in range(0, len(clips), self.settings.batch):
-                # one seed for the interleaved clips of a window: they show the same moment
-                seed = self.seed * 1_000_003 + frames[0].number * 1009 + part
                 key = f"{frames[0].number}-{part}-{begin}"
-                self._fill_clips(clips[begin : begin + self.settings.batch], window, key, seed)
+                self._fill_batch(Batch(clips[begin : begin + self.settings.batch], window, key, seed))
             for frame in frames:
-                window.of(frame.open)[:] = False
+                window.of(frame.unfilled)[:] = False
         self.windows += 1
 
-    def _fill_clips(self, clips: list[list[Frame]], window: Window, key: str, seed: int) -> None:
-        """Sample a batch of clips and paste them; every lane (sample) has its own context."""
-        cells = np.stack([self._cells(clip, window) for clip in clips])  # bool (B, T/t, H/p, W/p)
-        lanes = []
-        for lane in range(self.settings.samples):
-            name = f"{key}-{lane}"
-            outputs = self.store.load(name) if self.store else None
-            if outputs is None:
-                outputs = self._sample(clips, window, cells, lane, seed)
-                if self.store:
-                    self.store.save(name, outputs)
-            else:
-                self.restored += 1
-            lanes.append(outputs)  # (B, 2, T, h, w, 3): result, first step
-        size = (window.height, window.width)
-        for number, clip in enumerate(clips):
+    def _fill_batch(self, batch: Batch) -> None:
+        """Sample a batch of clips and paste them; every sample has its own context."""
+        samples = [self._load_or_sample(batch, number) for number in range(self.settings.samples)]
+        window, size = batch.window, (batch.window.height, batch.window.width)
+        for number, clip in enumerate(batch.clips):
             done: set[int] = set()
             for place, frame in enumerate(clip):
-                hidden = window.of(frame.open)
-                if frame.number in done or not hidden.any():  # a stand-in beyond the end, or nothing to do
+                hidden = window.of(frame.unfilled)
+                if frame.number in done or not hidden.any():  # repeated beyond the end, or nothing to do
                     continue
                 done.add(frame.number)
                 hole = Hole(hidden, self.settings.feather, self.settings.blend)
-                for outputs, filled in zip(lanes, frame.filled, strict=True):
-                    hole.paste(window.of(filled), enlarge(outputs[number, 0, place], size))
-                hole.paste(window.of(frame.first), enlarge(lanes[0][number, 1, place], size))
+                for sampled, filled in zip(samples, frame.filled, strict=True):
+                    hole.paste(window.of(filled), enlarge(sampled.results[number, place], size))
+                assert frame.first is not None
+                hole.paste(window.of(frame.first), enlarge(samples[0].first[number, place], size))
 
-    def _cells(self, clip: list[Frame], window: Window) -> np.ndarray:
-        per_frame = np.stack([to_cells(window.of(frame.open), self.grid[1:]) for frame in clip])  # (T, H/p, W/p)
-        return per_frame.reshape(self.grid[0], -1, *self.grid[1:]).any(1)
+    def _load_or_sample(self, batch: Batch, sample: int) -> Sampled:
+        key = f"{batch.key}-{sample}"
+        sampled = self.store.load(key) if self.store is not None else None
+        if sampled is None:
+            # the trajectory lies in the first batch of all: whoever restores that batch has it again
+            sampled = self._sample(batch, sample, watched=self.trajectory is None)
+            if self.store is not None:
+                self.store.save(key, sampled)
+        else:
+            self.restored += 1
+        self.trajectory = self.trajectory or sampled.trajectory
+        return sampled
 
-    def _sample(self, clips: list[list[Frame]], window: Window, cells: np.ndarray, lane: int, seed: int) -> np.ndarray:
-        """Result and first prediction of a batch of clips: uint8 (B, 2, T, h, w, 3)."""
-        settings = self.settings
+    def _sample(self, batch: Batch, sample: int, watched: bool) -> Sampled:
+        settings, window = self.settings, batch.window
         pixels = [
-            [shrink(window.of(frame.result(lane)), window.of(frame.open), self.size) for frame in clip]
-            for clip in clips
+            [shrink(window.of(frame.result(sample)), window.of(frame.unfilled), self.size) for frame in clip]
+            for clip in batch.clips
         ]
-        inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
-        mask = Mask.from_grid(torch.from_numpy(cells).flatten(1), self.grid).to(self.device)
-        known = self._known(clips, window, cells) if settings.guide else None
-        see = self.callback if self.windows == 0 else None
-        self.callback = None  # it has seen, or missed, the first clips
-        first = output = None
+        inputs = torch.from_numpy(np.asarray(pixels)).permute(0, 1, 4, 2, 3)  # uint8 (B, T, C, H, W)
+        cells = torch.from_numpy(np.stack([self._cells(clip, window) for clip in batch.clips]))
+        mask = Mask.from_grid(cells.flatten(1), self.grid).to(self.device)
+        chosen = _spread(settings.steps, TRAJECTORY_STEPS) if watched else []
+        steps, states = [], []
+        first = last = None
         with torch.inference_mode(), autocast(self.device, settings.precision):
             for step in self.model.sample_steps(
                 normalize_pixels(inputs.to(self.device), self.model.settings.pixel_norm),
                 mask,
-                seeds=[(seed + 7_919_000_003 * lane) % 2**31] * len(clips),
+                seeds=[(batch.seed + 7_919_000_003 * sample) % 2**31] * len(batch.clips),
                 sampler=settings.sampler,
                 steps=settings.steps,
                 eta=settings.eta,
-                known=None if known is None else torch.from_numpy(known).unsqueeze(1).to(self.device),
             ):
-                output = step
-                first = self._to_pixels(step.clips()) if first is None else first
-                if see is not None:
-                    see(step.step, *(self._to_pixels(x[:1])[0] for x in (step.noisy_clips(), step.clips())))
-        return np.stack([self._to_pixels(output.clips()), first], axis=1)
+                self.between_steps()
+                last = step
+                if first is None:
+                    first = self._to_pixels(step.clips())
+                if step.step in chosen:
+                    frames = _spread(self.length, TRAJECTORY_FRAMES)
+                    pair = [self._to_pixels(clips[:1])[0, frames] for clips in (step.noisy_clips(), step.clips())]
+                    steps.append(step.step)
+                    states.append(np.stack(pair))
+            assert first is not None
+            assert last is not None
+            results = self._to_pixels(last.clips())
+        trajectory = Trajectory(tuple(steps), np.stack(states)) if states else None
+        return Sampled(results, first, trajectory)
 
-    def _known(self, clips: list[list[Frame]], window: Window, cells: np.ndarray) -> np.ndarray | None:
-        """Pixels inside masked patches of which nothing is hidden, bool (B, T, h, w); None where there are none."""
-        seen = np.stack([[certain(window.of(frame.open), self.size) for frame in clip] for clip in clips])
-        patch = self.model.settings.patch
-        masked = cells.repeat(self.tubelet, 1).repeat(patch, 2).repeat(patch, 3)  # bool (B, T, h, w)
-        known = seen & masked
-        return known if known.any() else None
+    def _cells(self, clip: list[Frame], window: Window) -> np.ndarray:
+        """Tokens of a clip in which something is unfilled: bool (T/t, H/p, W/p)."""
+        per_frame = np.stack([to_cells(window.of(frame.unfilled), self.grid[1:]) for frame in clip])  # (T, H/p, W/p)
+        return np.asarray(per_frame.reshape(self.grid[0], -1, *self.grid[1:]).any(axis=1))
 
     def _to_pixels(self, clips: Tensor) -> np.ndarray:
+        """float (B, C, T, H, W) -> uint8 (B, T, H, W, C)."""
+        if not bool(torch.isfinite(clips).all()):
+            raise DataError(
+                "The model answers with values that are not finite, since its weights are damaged or the precision is "
+                "too low; check --checkpoint or give --set render.precision=fp32."
+            )
         pixels = denormalize_pixels(clips.float(), self.model.settings.pixel_norm)  # (B, T, C, H, W)
         return pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
-def _drop(buffer: list[Frame], emitted: int, keep: int) -> tuple[list[Frame], int]:
-    """Forget frames that no later window can look back at."""
-    gone = max(0, emitted - keep)
-    return buffer[gone:], emitted - gone
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` of the numbers from 0 to count - 1, evenly spread, with the first and the last."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
 
 
 def inpaint(
@@ -283,25 +313,28 @@ def inpaint(
 
     Returns:
         uint8 (T, C, H, W), or (K, T, C, H, W) for K > 1 samples; pixels outside the mask are the video's own.
+
+    Raises:
+        ValueError: a video or mask of another type or shape.
+        UsageError: a text that is no mask, or nothing is visible.
     """
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3:
         raise ValueError(f"a video is uint8 (T, 3, H, W), not {video.dtype} {(*video.shape,)}")
-    frames, size = video.shape[0], tuple(video.shape[2:])
+    frames, height, width = video.shape[0], video.shape[2], video.shape[3]
     stride = max(1, min(stride, frames // model.settings.frames))  # short clips take all they have
     inpainter = Inpainter(model, settings, stride=stride, seed=seed)
     if isinstance(mask, str):
-        canvas = Canvas(*size, frames, 25.0, inpainter.grid, inpainter.span, seed)
-        masks: FrameMask = build_mask([mask], canvas)
+        masks: FrameMask = build_mask([mask], inpainter.clip_shape((height, width), frames, 25.0))
     else:
-        masks = masks_of_tensor(mask, frames, size)
+        masks = mask_of_array(mask, frames, (height, width))
     pixels = video.permute(0, 2, 3, 1).cpu().numpy()
     source = (Frame(i, np.ascontiguousarray(pixels[i]), masks(i)) for i in range(frames))
     samples = inpainter.settings.samples
     was_training = model.training
     model.eval()
     try:
-        lanes = [[frame.result(k) for k in range(samples)] for frame in inpainter.stream(source)]
+        results = [[frame.result(k) for k in range(samples)] for frame in inpainter.stream(source)]
     finally:
         model.train(was_training)
-    result = torch.from_numpy(np.asarray(lanes)).permute(1, 0, 4, 2, 3).contiguous()  # (K, T, C, H, W)
+    result = torch.from_numpy(np.asarray(results)).permute(1, 0, 4, 2, 3).contiguous()  # (K, T, C, H, W)
     return result[0] if samples == 1 else result

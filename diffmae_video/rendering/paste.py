@@ -29,6 +29,7 @@ class Hole:
         distance, labels = cv2.distanceTransformWithLabels(
             np.ascontiguousarray(hidden).view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
         )
+        labels = np.asarray(labels, dtype=np.int64)
         outside = np.flatnonzero(~hidden)
         nearest = np.zeros(labels.max() + 1, dtype=np.int64)
         nearest[labels.ravel()[outside]] = outside

@@ -1,8 +1,8 @@
 """One-page HTML reports: text, tables, curves, images and videos in a single file that opens anywhere.
 
-The file asks nothing of the network or of its folder: pictures and videos are embedded, curves are inline SVG, and a
-Content-Security-Policy forbids everything else. It follows the reader's light or dark setting. Every text that reaches
-the page is escaped, since file names and labels come from strangers.
+The file asks nothing of the network or of its folder: pictures and videos are embedded, curves are inline SVG by
+matplotlib, and a Content-Security-Policy forbids everything else. It follows the reader's light or dark setting. Every
+text that reaches the page is escaped, since file names and labels come from strangers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from diffmae_video.files import write_atomic
+from diffmae_video.rendering.figures import COLOURS, clean_points, curves_svg
 
-MAX_POINTS = 800
-"""Points of one curve that are drawn; longer ones are averaged in equal bins."""
-
-_COLOURS = 6  # hues in the style sheet: .c0 .. .c5
 _MAGIC = (  # (offset, bytes, media type): what the bytes say, never what the name says
     (0, b"\x89PNG\r\n\x1a\n", "image/png"),
     (0, b"\xff\xd8\xff", "image/jpeg"),
@@ -34,10 +31,9 @@ _MAGIC = (  # (offset, bytes, media type): what the bytes say, never what the na
 )
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1c2024;--soft:#60646c;--line:#d9d9e0;--page:#fcfcfd;--card:#fff;--zebra:#f6f6f8;
---c0:#2563eb;--c1:#d9480f;--c2:#2b8a3e;--c3:#9c36b5;--c4:#0b7285;--c5:#c2255c}
+:root{color-scheme:light dark;--ink:#1c2024;--soft:#60646c;--line:#d9d9e0;--page:#fcfcfd;--card:#fff;--zebra:#f6f6f8}
 @media(prefers-color-scheme:dark){:root{--ink:#edeef0;--soft:#a0a5ae;--line:#363a3f;--page:#111113;--card:#18191b;
---zebra:#1f2124;--c0:#74a7ff;--c1:#ff9f5a;--c2:#69db7c;--c3:#da9cf0;--c4:#66d9e8;--c5:#faa2c1}}
+--zebra:#1f2124}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:60rem;margin:0 auto;padding:2rem 1.25rem 4rem}
@@ -58,17 +54,12 @@ td.n,th.n{text-align:right;white-space:nowrap}
 img,video{display:block;max-width:100%;height:auto;border-radius:6px}
 .small{image-rendering:pixelated}
 svg{display:block;width:100%;height:auto}
-svg text{fill:var(--soft);font-size:12px}
-svg .grid{stroke:var(--line);stroke-width:1}
-svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg text{fill:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;color:var(--soft);font-size:.9rem;margin:.4rem 0 0}
 .legend i{display:inline-block;width:1.1rem;height:.22rem;margin-right:.4rem;vertical-align:middle;border-radius:2px}
 summary{cursor:pointer;font-weight:600}
 .note{color:var(--soft)}
 """
-_STYLE += "".join(
-    f"svg .c{i}{{stroke:var(--c{i});fill:var(--c{i})}}.legend .c{i}{{background:var(--c{i})}}" for i in range(_COLOURS)
-)
 
 
 class Report:
@@ -149,7 +140,19 @@ class Report:
         Raises:
             ValueError: x and y of a curve differ in length.
         """
-        self._section(title, _chart(title, series, x_label, y_label, log_y), note)
+        curves = {name: clean_points(x, y, log_y) for name, (x, y) in series.items()}
+        curves = {name: points for name, points in curves.items() if len(points[0])}
+        if not curves:
+            self._section(title, '<p class="note">No values yet.</p>', note)
+            return
+        legend = []
+        for index, (name, (_, y)) in enumerate(curves.items()):
+            key = f'<i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
+            legend.append(f"<span>{key}{_escape(name)}: {y[-1]:.4g} at the end</span>")
+        if scale := ", ".join(filter(None, (y_label, "logarithmic" if log_y else ""))):
+            legend.append(f"<span>vertical: {_escape(scale)}</span>")
+        chart = curves_svg(curves, x_label=x_label, log_y=log_y)
+        self._section(title, f'{chart}<div class="legend">{"".join(legend)}</div>', note)
 
     def settings(self, toml: str, title: str = "Settings") -> None:
         """Add a folded block of settings, verbatim."""
@@ -210,8 +213,6 @@ def _bytes(source: bytes | str | os.PathLike[str]) -> bytes:
 
 
 def _png(array: np.ndarray) -> bytes:
-    from PIL import Image
-
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(f"image: needs uint8 (H, W, 3) or (H, W), not {array.dtype} {array.shape}")
     buffer = io.BytesIO()
@@ -225,87 +226,3 @@ def _data_url(data: bytes, family: str) -> str:
             return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"
     known = ", ".join(media for _, _, media in _MAGIC if media.startswith(family))
     raise ValueError(f"the bytes are none of {known}")
-
-
-# Curves
-
-
-def _chart(title: str, series: Mapping[str, tuple], x_label: str, y_label: str, log_y: bool) -> str:
-    curves = {name: _clean(x, y, log_y) for name, (x, y) in series.items()}
-    drawn = {name: xy for name, xy in curves.items() if len(xy[0])}
-    if not drawn:
-        return '<p class="note">No values yet.</p>'
-    left, top, width, height = 64, 12, 820, 260  # plot area in SVG units; the picture scales with the page
-    xs = np.concatenate([x for x, _ in drawn.values()])
-    ys = np.concatenate([y for _, y in drawn.values()])
-    x_low, x_high = _widen(float(xs.min()), float(xs.max()), 0.0)
-    y_low, y_high = _widen(float(ys.min()), float(ys.max()), 0.05)
-
-    def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return left + (x - x_low) / (x_high - x_low) * width, top + (y_high - y) / (y_high - y_low) * height
-
-    parts = []
-    for tick in _ticks(y_low, y_high):
-        _, y = place(np.zeros(1), np.array([tick]))
-        label = _number(10**tick if log_y else tick)
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y[0]:.1f}" y2="{y[0]:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y[0] + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in _ticks(x_low, x_high):
-        x, _ = place(np.array([tick]), np.zeros(1))
-        parts.append(f'<text x="{x[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{_number(tick)}</text>')
-    parts.append(
-        f'<text x="{left + width / 2:.0f}" y="{top + height + 36}" text-anchor="middle">{_escape(x_label)}</text>'
-    )
-    legend = []
-    for i, (name, (x, y)) in enumerate(drawn.items()):
-        colour, (px, py) = f"c{i % _COLOURS}", place(x, y)
-        if len(px) == 1:
-            parts.append(f'<circle class="{colour}" cx="{px[0]:.1f}" cy="{py[0]:.1f}" r="4"/>')
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(px, py, strict=True))
-        parts.append(f'<polyline class="{colour}" style="fill:none" points="{points}"/>')
-        last = _number(10 ** y[-1] if log_y else y[-1])
-        legend.append(f'<span><i class="{colour}"></i>{_escape(name)}: {last} at the end</span>')
-    unit = f" ({_escape(y_label)})" if y_label else ""
-    box = f"0 0 {left + width + 16} {top + height + 44}"
-    svg = f'<svg viewBox="{box}" role="img" aria-label="{_escape(title)}{unit}">{"".join(parts)}</svg>'
-    scale = [text for text in (_escape(y_label), "logarithmic" if log_y else "") if text]
-    axis = f"<span>vertical: {', '.join(scale)}</span>" if scale else ""
-    return svg + f'<div class="legend">{"".join(legend)}{axis}</div>'
-
-
-def _clean(x: Sequence[float], y: Sequence[float], log_y: bool) -> tuple[np.ndarray, np.ndarray]:
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if xs.shape != ys.shape or xs.ndim != 1:
-        raise ValueError(f"curves: x and y need one length, not {xs.shape} and {ys.shape}")
-    good = np.isfinite(xs) & np.isfinite(ys) & ((ys > 0) | (not log_y))
-    xs, ys = xs[good], ys[good]
-    if log_y:
-        ys = np.log10(ys)
-    if len(xs) > MAX_POINTS:
-        last = xs[-1], ys[-1]
-        bins = np.array_split(np.arange(len(xs)), MAX_POINTS - 1)
-        xs = np.array([*(xs[b].mean() for b in bins), last[0]])
-        ys = np.array([*(ys[b].mean() for b in bins), last[1]])
-    return xs, ys
-
-
-def _widen(low: float, high: float, share: float) -> tuple[float, float]:
-    if high > low:
-        return low - share * (high - low), high + share * (high - low)
-    pad = abs(low) * 0.1 or 1.0
-    return low - pad, high + pad
-
-
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    rough = (high - low) / count
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [0.0 if k == 0 else k * step for k in range(first, last + 1)]
-
-
-def _number(value: float) -> str:
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
-        return f"{value:.2g}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

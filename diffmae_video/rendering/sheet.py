@@ -8,6 +8,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 INK, PAPER, SOFT = (28, 32, 36), (252, 252, 253), (96, 100, 108)
 MAX_WIDTH = 1920
@@ -86,7 +87,7 @@ def contact_sheet(
     """A grid of pictures: a labelled row for each kind, a labelled column for each frame.
 
     Args:
-        rows: label and pictures uint8 (H, W, 3), all of one size.
+        rows: label, also of several lines, and pictures uint8 (H, W, 3), all of one size.
         columns: labels such as `frame 12`.
         title: line above the grid.
         cell_width: pixels of one picture.
@@ -98,7 +99,7 @@ def contact_sheet(
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     gap, head, font = 6, 26, _font(16)
     step = max(size[1], 72) + gap  # room for a column's label
-    left = max(int(font.getlength(label)) for label, _ in rows) + 24
+    left = max(int(font.getlength(line)) for label, _ in rows for line in label.split("\n")) + 24
     top = (36 if title else 0) + head
     title_font = _font(18)
     total = (
@@ -113,11 +114,20 @@ def contact_sheet(
         draw.text((left + j * step + (step - gap) / 2, top - head / 2), label, fill=SOFT, font=_font(14), anchor="mm")
     for i, (label, pictures) in enumerate(rows):
         y = top + i * (size[0] + gap)
-        draw.text((left - 12, y + size[0] / 2), label, fill=INK, font=font, anchor="rm")
+        draw.multiline_text((left - 12, y + size[0] / 2), label, fill=INK, font=font, anchor="rm", align="right")
         for j, picture in enumerate(pictures):
             x = left + j * step + (step - gap - size[1]) // 2
             sheet.paste(Image.fromarray(fit(picture, size)), (x, y))
     return np.asarray(sheet)
+
+
+def clip_strips(clips: Sequence[Tensor], captions: Sequence[str], frames: int = 6) -> np.ndarray:
+    """A contact sheet with a row for each clip uint8 (T, C, H, W): evenly spread frames beside a caption."""
+    rows = []
+    for clip, caption in zip(clips, captions, strict=True):
+        chosen = np.linspace(0, len(clip) - 1, frames).round().astype(int).tolist()
+        rows.append((caption, [np.ascontiguousarray(clip[n].permute(1, 2, 0).numpy()) for n in chosen]))
+    return contact_sheet(rows, [""] * frames)
 
 
 def spread(samples: Sequence[np.ndarray]) -> np.ndarray:

@@ -51,8 +51,9 @@ def place_windows(hidden: np.ndarray, size: tuple[int, int], margin: float = 0.5
     aspect = size[1] / size[0]
     boxes = _components(hidden)
     while boxes is not None:
-        squares = [_around(box, (height, width), size, margin, aspect) for box in boxes]
-        if len(boxes) > MAX_PARTS or any(square is None for square in squares):
+        around = [_around(box, (height, width), size, margin, aspect) for box in boxes]
+        squares = [square for square in around if square is not None]
+        if len(boxes) > MAX_PARTS or len(squares) < len(boxes):
             return whole
         merged = _merge_overlapping(boxes, squares)
         if len(merged) == len(boxes):
@@ -119,8 +120,8 @@ def _tiles(height: int, width: int, side: int) -> list[Window]:
 def shrink(rgb: np.ndarray, hidden: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bring a window's pixels to the model's resolution without letting hidden pixels show through.
 
-    Each pixel of the result is the mean of the visible pixels it covers, so that what stands under the mask has no
-    influence; where all are hidden it is black.
+    Each pixel of the result is the mean of the visible pixels it covers; hidden pixels are ignored. Where all are
+    hidden it is black.
 
     Args:
         rgb: uint8 (H, W, 3).
@@ -138,13 +139,6 @@ def shrink(rgb: np.ndarray, hidden: np.ndarray, size: tuple[int, int]) -> np.nda
         colours, weight = _resize(colours, size), _resize(weight, size)
     mean = colours / np.maximum(weight, 1e-6)[..., None]
     return np.where(weight[..., None] > 1e-6, mean + 0.5, 0).clip(0, 255).astype(np.uint8)
-
-
-def certain(hidden: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which pixels of `shrink`'s result cover nothing hidden: bool (h, w)."""
-    if hidden.shape == size:
-        return ~hidden
-    return _resize((~hidden).astype(np.float32), size) > 1 - 1e-4
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from diffmae_video.errors import Stopped
+
 # Slurm's time limit and preemption, a user's Ctrl-C; Windows has no SIGUSR1
 ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
@@ -33,6 +35,15 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.name is not None
+
+    def check(self, then: str) -> None:
+        """Leave if a signal has asked for it; `then` says what follows from that.
+
+        Raises:
+            Stopped: a signal has come.
+        """
+        if self:
+            raise Stopped(f"Stopped by {self.name}; {then}.")
 
 
 @contextlib.contextmanager

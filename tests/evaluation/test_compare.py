@@ -10,7 +10,7 @@ import torch
 
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.predictions import Predictions, class_difference, read_predictions, write_predictions
-from diffmae_video.pipelines.compare import compare, verdict
+from diffmae_video.pipelines.compare import compare_evaluations, verdict
 
 CLASSES = ["clap", "run", "wave"]
 
@@ -42,7 +42,7 @@ def test_predictions_survive_the_file(tmp_path: Path) -> None:
 def test_counts_and_classes(tmp_path: Path) -> None:
     a = save(tmp_path / "a", [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 0, 0])
     b = save(tmp_path / "b", [0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 2, 2])
-    result = compare(a, b, out=tmp_path / "c")
+    result = compare_evaluations(a, b, out=tmp_path / "c")
     assert (result.test.only_a, result.test.only_b, result.test.both, result.test.neither) == (1, 3, 2, 0)
     assert result.top1_a == pytest.approx(0.5)
     assert result.top1_b == pytest.approx(5 / 6)
@@ -58,7 +58,7 @@ def test_counts_and_classes(tmp_path: Path) -> None:
 def test_rows_are_matched_by_key(tmp_path: Path) -> None:
     a = save(tmp_path / "a", [0, 1, 2], [0, 1, 0])
     b = save(tmp_path / "b", [2, 1, 0], [0, 1, 0], keys=["v2", "v1", "v0"])
-    result = compare(a, b)
+    result = compare_evaluations(a, b)
     assert (result.test.only_a, result.test.only_b) == (0, 0)
 
 
@@ -66,16 +66,16 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
     a = save(tmp_path / "a", [0, 1, 2], [0, 1, 0])
     other_keys = save(tmp_path / "b", [0, 1, 2], [0, 1, 0], keys=["v0", "v1", "w9"])
     with pytest.raises(DataError, match="v2 is only in the first"):
-        compare(a, other_keys)
-    assert compare(a, other_keys, common=True).test.videos == 2
+        compare_evaluations(a, other_keys)
+    assert compare_evaluations(a, other_keys, common=True).test.videos == 2
     other_classes = save(tmp_path / "c", [0, 1, 2], [0, 1, 0], classes=["clap", "sit", "wave"])
     with pytest.raises(DataError, match="class 1 is 'run' in the first"):
-        compare(a, other_classes)
+        compare_evaluations(a, other_classes)
     other_labels = save(tmp_path / "d", [0, 2, 2], [0, 1, 0])
     with pytest.raises(DataError, match="v1 different labels"):
-        compare(a, other_labels)
+        compare_evaluations(a, other_labels)
     with pytest.raises(UsageError, match="1x1, 5x3"):
-        compare(a, a, views="7x3")
+        compare_evaluations(a, a, views="7x3")
 
 
 def test_no_predictions(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from diffmae_video.evaluation.inpainting import BASELINES
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
 from diffmae_video.pipelines.evaluate_inpainting import evaluate_inpainting
+from diffmae_video.pipelines.job import Job
 
 
 @pytest.fixture
@@ -40,13 +41,10 @@ def evaluate(*arguments: str) -> int:
 
 def test_every_mask_of_the_evaluation_hides_what_it_says(workspace: Path) -> None:
     hidden = {"random:0.75": 0.75, "tube:0.9": 0.875, "block": 0.75, "center": 0.25, "frames": 0.5, "future:0.25": 0.25}
-    result = evaluate_inpainting(
-        checkpoint="model",
-        masks=list(hidden),
-        overrides=["render.steps=1", "evaluate.clips=1", "evaluate.samples=1"],
-        out=Path("out"),
-        deep=False,
-    )
+    overrides = ("render.steps=1", "evaluate.clips=1", "evaluate.samples=1")
+    job = Job(checkpoint="model", overrides=overrides, out=Path("out"))
+    result = evaluate_inpainting(job, masks=list(hidden), deep=False)
+    assert evaluate_inpainting(job, masks=list(hidden), deep=False) == result  # done before, read from its folder
     assert list(result.scores) == list(hidden)
     for text, share in hidden.items():
         methods = result.scores[text]

@@ -19,13 +19,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffmae_video.cli.app import run
 from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
-from diffmae_video.rendering.masks import Canvas, build_mask
-from diffmae_video.rendering.video import VideoSource, VideoWriter
+from diffmae_video.pipelines.render_resume import WindowFiles
+from diffmae_video.rendering.inpaint import Sampled
+from diffmae_video.rendering.masks import ClipShape, MaskRequest, build_mask
+from diffmae_video.rendering.source import VideoSource
+from diffmae_video.rendering.writers import VideoWriter
+from diffmae_video.training.run import lock
 
 HEIGHT, WIDTH, COUNT = 36, 52, 10
 
@@ -73,7 +78,7 @@ def test_everything_is_written(clip: Path, model: Path) -> None:
     names = {path.name for path in Path("out").iterdir()}
     assert names == {
         "inpainted.mp4", "inpainted-2.mp4", "comparison.mp4", "trajectory.mp4", "sheet.png", "uncertainty.png",
-        "result.json", "report.html", "config.toml",
+        "result.json", "report.html", "config.toml", "run.json", "run.lock",
     }  # fmt: skip
     result = json.loads(Path("out/result.json").read_text())
     assert result["frames"] == COUNT
@@ -118,7 +123,7 @@ def test_the_videos_of_a_report_play_in_a_browser(clip: Path, model: Path) -> No
 
 
 def test_a_report_embeds_no_more_than_a_page_can_hold(clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffmae_video.pipelines.render_inpaint.EMBEDDED_MEGABYTES", 0.001)
+    monkeypatch.setattr("diffmae_video.pipelines.render_report.EMBEDDED_MEGABYTES", 0.001)
     assert render(clip, model, "--mask", "center", "--out", "out") == 0
     report = Path("out/report.html").read_text()
     assert report.count("data:video/mp4;base64") == 1  # the trajectory, whose length does not grow
@@ -221,12 +226,12 @@ def test_killed_and_continued_equals_uninterrupted(clip: Path, model: Path) -> N
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--stride", "1", *common], env=environment)
     store = Path("runs/render-001/.work/windows")
-    while process.poll() is None and len(list(store.glob("*.npy"))) < 4:
+    while process.poll() is None and len(list(store.glob("*.npz"))) < 4:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not Path("runs/render-001/inpainted.mkv").exists()
-    kept = len(list(store.glob("*.npy")))
+    kept = len(list(store.glob("*.npz")))
     assert kept >= 4
     assert render(long, model, *common) == 0
     result = json.loads(Path("runs/render-001/result.json").read_text())
@@ -236,6 +241,71 @@ def test_killed_and_continued_equals_uninterrupted(clip: Path, model: Path) -> N
     assert render(long, model, *common, "--resume", "never", "--out", "whole") == 0
     for name in ("inpainted.mkv", "comparison.mp4", "trajectory.mp4", "sheet.png"):
         assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
+
+
+def test_a_signal_during_a_render_is_one_sentence_and_the_next_call_continues(
+    clip: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the second batch has been kept."""
+    save = WindowFiles.save
+
+    def save_then_signal(self: WindowFiles, key: str, sampled: Sampled) -> None:
+        save(self, key, sampled)
+        if len(list(self.folder.glob("*.npz"))) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = ["--mask", "center", "--samples", "2", "--lossless"]
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowFiles, "save", save_then_signal)
+        assert render(clip, model, *arguments) == 75
+    message = capsys.readouterr().err.strip()
+    assert message.count("\n") == 0
+    assert "SIGTERM" in message
+    assert not Path("runs/render-001/inpainted.mkv").exists()
+    assert not list(Path("runs/render-001").glob(".*.tmp"))
+    assert render(clip, model, *arguments) == 0
+    assert json.loads(Path("runs/render-001/result.json").read_text())["windows_resumed"] == 2
+    assert render(clip, model, *arguments, "--resume", "never", "--out", "whole") == 0
+    for name in ("inpainted.mkv", "inpainted-2.mkv", "trajectory.mp4", "uncertainty.png"):
+        assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
+
+
+def test_a_folder_in_use_is_left_alone(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lock(Path("out")):
+        Path("out/.inpainted.mp4.1.tmp").write_text("of the other render")
+        assert render(clip, model, "--mask", "center", "--out", "out") == 2
+    assert "--out" in capsys.readouterr().err
+    assert Path("out/.inpainted.mp4.1.tmp").exists()
+
+
+def test_a_render_that_is_done_is_not_done_again(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert render(clip, model, "--mask", "center", "--out", "out") == 0
+    before = Path("out/inpainted.mp4").stat().st_mtime_ns
+    assert render(clip, model, "--mask", "center", "--out", "out") == 0
+    assert "done before" in capsys.readouterr().out
+    assert Path("out/inpainted.mp4").stat().st_mtime_ns == before
+    assert render(clip, model, "--mask", "box:1,1,9,9", "--out", "out") == 2
+    assert "--out out" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused(
+    clip: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    file = broken / "weights.safetensors"
+    save_file({name: torch.full_like(one, float("nan")) for name, one in load_file(file).items()}, file)
+    assert render(clip, broken, "--mask", "center", "--out", "out") == 3
+    message = capsys.readouterr().err.strip()
+    assert "not finite" in message
+    assert message.count("\n") == 0
+    assert not Path("out").exists()
+
+
+def test_a_pipe_is_no_clip(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe.mp4")
+    for path in (Path("pipe.mp4"), Path("/dev/zero")):
+        assert render(path, model, "--mask", "center") == 3
+        assert "no regular file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -304,11 +374,13 @@ def test_every_real_clip_is_bit_equal_outside_every_mask_and_keeps_its_times(
             made.close()
             assert len(results) == len(frames), (clip, name)
             mask = build_mask(
-                arguments[1::2][: arguments.count("--mask")],
-                Canvas(source.height, source.width, source.frames, float(source.fps), (2, 4, 4), 4),
-                track=arguments[1] if name == "track" else None,
-                dilate=3 if "--dilate" in arguments else 0,
-                invert="--invert" in arguments,
+                MaskRequest(
+                    tuple(arguments[1::2][: arguments.count("--mask")]),
+                    track=arguments[1] if name == "track" else None,
+                    dilate=3 if "--dilate" in arguments else 0,
+                    invert="--invert" in arguments,
+                ),
+                ClipShape(source.height, source.width, source.frames, float(source.fps), (2, 4, 4), 4),
             )
             for number, (before, after) in enumerate(zip(frames, results, strict=True)):
                 visible = ~mask(number)

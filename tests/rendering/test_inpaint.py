@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from diffmae_video.config import DiffusionSettings, ModelSettings, RenderSettings
-from diffmae_video.errors import UsageError
+from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.rendering.inpaint import Frame, Inpainter, inpaint
+from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.inpaint import Inpainter, Sampled, inpaint
 
 FAST = RenderSettings(steps=2)
 
@@ -50,10 +51,10 @@ def test_outside_the_mask_every_pixel_is_the_source(model: DiffMAE, frames: int,
 
 @pytest.mark.parametrize("text", ["random:0.75", "tube:0.5", "block:0.5", "center", "frames:3-5", "future:0.5"])
 def test_what_is_hidden_has_no_influence(model: DiffMAE, text: str) -> None:
-    from diffmae_video.rendering.masks import Canvas, build_mask
+    from diffmae_video.rendering.masks import ClipShape, build_mask
 
     frames, clip = 12, video(12)
-    mask_of = build_mask([text], Canvas(40, 60, frames, 25.0, (2, 4, 4), 4))
+    mask_of = build_mask([text], ClipShape(40, 60, frames, 25.0, (2, 4, 4), 4))
     mask = torch.from_numpy(np.stack([mask_of(n) for n in range(frames)]))
     other = torch.where(mask.unsqueeze(1), video(12, seed=9), clip)
     assert not torch.equal(clip, other)
@@ -93,7 +94,7 @@ def test_the_batch_size_changes_nothing(model: DiffMAE) -> None:
     assert (results[0] - results[1]).abs().max() <= 1  # float sums in another order
 
 
-def test_samples_are_lanes_of_their_own(model: DiffMAE) -> None:
+def test_samples_are_drawn_apart(model: DiffMAE) -> None:
     clip, mask = video(7), box(7)
     several = inpaint(model, clip, mask, settings=RenderSettings(steps=2, samples=3))
     assert several.shape == (3, 7, 3, 40, 60)
@@ -118,7 +119,7 @@ def test_streaming_holds_a_few_windows_whatever_the_length(model: DiffMAE) -> No
 
     for frame in inpainter.stream(counted()):
         assert frame.number == out
-        assert not frame.open.any()
+        assert not frame.unfilled.any()
         out += 1
         most = max(most, taken - out)
     assert out == 90
@@ -165,51 +166,24 @@ def test_a_gap_is_seen_from_both_sides(model: DiffMAE) -> None:
     assert sum(seen[0]) == 1
 
 
-def test_visible_pixels_inside_a_masked_patch_guide_the_result(model: DiffMAE) -> None:
-    """A hole smaller than a patch: what the rest of that patch shows is known to every step, and to nothing else."""
-    hidden = torch.zeros(4, 16, 16, dtype=torch.bool)
-    hidden[:, 5:7, 5:7] = True  # inside the patch of rows and columns 4 to 7
-    clip, other = video(4, 16, 16), video(4, 16, 16)
-    other[:, :, 4, 4:8] = 255 - other[:, :, 4, 4:8]
-    settings = RenderSettings(steps=4, feather=0, guide=True, blend=False)
-    results = [inpaint(model, one, hidden, settings=settings) for one in (clip, other)]
-    where = hidden.unsqueeze(1).expand_as(clip)
-    assert not torch.equal(results[0][where], results[1][where])
-    given = []
-    sample = model.sample_steps
-
-    def spy(clips: torch.Tensor, mask, known: torch.Tensor | None = None, **options):
-        given.append(known)
-        return sample(clips, mask, known=known, **options)
-
-    model.sample_steps = spy
-    try:
-        inpaint(model, clip, hidden, settings=settings)
-        inpaint(model, clip, "random:0.5", settings=settings)
-    finally:
-        del model.sample_steps
-    patch = torch.zeros(4, 16, 16, dtype=torch.bool)
-    patch[:, 4:8, 4:8] = True
-    assert torch.equal(given[0][0, 0], patch & ~hidden)
-    assert given[1] is None  # hides whole patches
-
-
-def test_the_callback_sees_noise_become_the_sample(model: DiffMAE) -> None:
-    seen: list[tuple[int, np.ndarray, np.ndarray]] = []
+def test_the_trajectory_goes_from_noise_to_the_sample(model: DiffMAE) -> None:
     clip, mask = video(12, 16, 16), torch.zeros(12, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 4:12] = True
     settings = RenderSettings(steps=20, feather=0, blend=False, samples=2)
-    inpainter = Inpainter(model, settings, callback=lambda *state: seen.append(state))
+    inpainter = Inpainter(model, settings)
+    assert inpainter.trajectory is None
     frames = list(inpainter.stream(frames_of(clip, mask)))
-    assert [step for step, _, _ in seen] == list(range(20))  # of one window and one sample only
+    trajectory = inpainter.trajectory
+    assert trajectory.steps == tuple(range(20))  # of one window and one sample only
+    assert trajectory.states.shape == (20, 2, 4, 16, 16, 3)
     hidden = mask[:4].numpy()
     source = clip[:4].permute(0, 2, 3, 1).numpy()
     sample = np.stack([frame.result() for frame in frames[:4]])
-    np.testing.assert_array_equal(seen[-1][2], sample)
-    for _, noisy, x0 in seen:
+    np.testing.assert_array_equal(trajectory.states[-1, 1], sample)
+    for noisy, x0 in trajectory.states:
         np.testing.assert_array_equal(noisy[~hidden], source[~hidden])
         np.testing.assert_array_equal(x0[~hidden], source[~hidden])
-    away = [float(np.abs(noisy[hidden].astype(float) - sample[hidden]).mean()) for _, noisy, _ in seen]
+    away = [float(np.abs(noisy[hidden].astype(float) - sample[hidden]).mean()) for noisy, _ in trajectory.states]
     assert away[0] > 60
     assert away[-1] < away[0] / 2
 
@@ -219,14 +193,21 @@ def test_nothing_visible_to_go_by_is_one_sentence(model: DiffMAE) -> None:
         inpaint(model, video(8), torch.ones(8, 40, 60, dtype=torch.bool), settings=FAST)
 
 
+class Store(dict):
+    """Keeps batches in memory; breaks once it holds `room` of them."""
+
+    room = 10**9
+
+    def load(self, key: str) -> Sampled | None:
+        return self.get(key)
+
+    def save(self, key: str, sampled: Sampled) -> None:
+        self[key] = sampled
+        if len(self) == self.room:
+            raise InterruptedError
+
+
 def test_a_store_replaces_sampling(model: DiffMAE) -> None:
-    class Store(dict):
-        def load(self, key: str) -> np.ndarray | None:
-            return self.get(key)
-
-        def save(self, key: str, clips: np.ndarray) -> None:
-            self[key] = clips
-
     clip, mask, store = video(12), box(12), Store()
     first = Inpainter(model, FAST, store=store)
     one = [frame.result() for frame in first.stream(frames_of(clip, mask))]
@@ -234,6 +215,54 @@ def test_a_store_replaces_sampling(model: DiffMAE) -> None:
     two = [frame.result() for frame in again.stream(frames_of(clip, mask))]
     assert (first.restored, again.restored) == (0, len(store))
     np.testing.assert_array_equal(one, two)
+
+
+def test_the_trajectory_is_the_same_wherever_a_render_was_interrupted(model: DiffMAE) -> None:
+    """Several samples, holes and interleaved clips: the first batch is not all of the first window."""
+    clip, mask = video(8), box(8)
+    mask[:, 30:34, 50:54] = True
+    settings = RenderSettings(steps=3, samples=2, batch=1, margin=0)
+    whole, store = Inpainter(model, settings, stride=2), Store()
+    whole.store = store
+    expected = [frame.result(1) for frame in whole.stream(frames_of(clip, mask))]
+    assert len(store) >= 8
+    for room in range(1, len(store)):
+        kept = Store()
+        kept.room = room
+        broken = Inpainter(model, settings, stride=2, store=kept)
+        with pytest.raises(InterruptedError):
+            list(broken.stream(frames_of(clip, mask)))
+        kept.room = 10**9
+        again = Inpainter(model, settings, stride=2, store=kept)
+        results = [frame.result(1) for frame in again.stream(frames_of(clip, mask))]
+        assert again.restored == room
+        assert again.trajectory.steps == whole.trajectory.steps == (0, 1, 2)
+        np.testing.assert_array_equal(again.trajectory.states, whole.trajectory.states)
+        np.testing.assert_array_equal(results, expected)
+
+
+def test_a_filler_before_leaves_less_to_fill(model: DiffMAE) -> None:
+    """Pixels that an earlier filler has put in stay as they are, and are context for the model."""
+    clip, mask = video(4), box(4)
+    frames = list(frames_of(clip, mask))
+    for frame in frames:
+        frame.open_samples(1)
+        frame.filled[0][10:15] = 7
+        frame.unfilled[10:15] = False
+    result = np.stack([frame.result() for frame in Inpainter(model, FAST).stream(frames)])
+    assert (result[:, 10:15, 13:29] == 7).all()
+    assert not any(frame.unfilled.any() for frame in frames)
+    source = clip.permute(0, 2, 3, 1).numpy()
+    assert (result[:, 15:21, 13:29] != source[:, 15:21, 13:29]).mean() > 0.9
+
+
+def test_answers_that_are_not_finite_are_refused(model: DiffMAE) -> None:
+    broken = DiffMAE(model.settings, DiffusionSettings()).eval()
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite"):
+        inpaint(broken, video(4), box(4), settings=FAST)
 
 
 def test_wrong_tensors_are_refused(model: DiffMAE) -> None:

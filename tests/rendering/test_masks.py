@@ -12,33 +12,35 @@ from PIL import Image
 
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import make_mask
-from diffmae_video.rendering.masks import Canvas, build_mask, list_images, masks_of_tensor
+from diffmae_video.rendering.drawn import mask_of_array
+from diffmae_video.rendering.masks import ClipShape, MaskRequest, build_mask
+from diffmae_video.rendering.source import list_images
 
-CANVAS = Canvas(height=50, width=90, frames=40, fps=10.0, grid=(4, 5, 9), span=16, seed=3)
+SHAPE = ClipShape(height=50, width=90, frames=40, fps=10.0, grid=(4, 5, 9), span=16, seed=3)
 
 
 def test_box_in_pixels_and_percent_hide_the_same() -> None:
-    mask = build_mask(["box:9,5,18,10"], CANVAS)(0)
+    mask = build_mask(["box:9,5,18,10"], SHAPE)(0)
     expected = np.zeros((50, 90), dtype=bool)
     expected[5:15, 9:27] = True
     np.testing.assert_array_equal(mask, expected)
-    np.testing.assert_array_equal(build_mask(["box:10%,10%,20%,20%"], CANVAS)(0), expected)
+    np.testing.assert_array_equal(build_mask(["box:10%,10%,20%,20%"], SHAPE)(0), expected)
 
 
 def test_a_box_keeps_its_size_wherever_half_pixels_fall() -> None:
     for left in (0.5, 1.5, 2.5, 3.25):
-        mask = build_mask([f"box:{left},{left},3,2"], CANVAS)(0)
+        mask = build_mask([f"box:{left},{left},3,2"], SHAPE)(0)
         assert (mask.any(0).sum(), mask.any(1).sum()) == (3, 2)
 
 
 @pytest.mark.parametrize(("span", "first", "last"), [("4-9", 4, 9), ("0.4s-1s", 4, 9), ("30", 30, 39), ("30-", 30, 39)])
 def test_box_span_in_frames_and_seconds(span: str, first: int, last: int) -> None:
-    mask = build_mask([f"box:0,0,10,10@{span}"], CANVAS)
+    mask = build_mask([f"box:0,0,10,10@{span}"], SHAPE)
     assert [n for n in range(40) if mask(n).any()] == list(range(first, last + 1))
 
 
 def test_track_moves_linearly_between_key_frames() -> None:
-    mask = build_mask([], CANVAS, track="10:0,0,10,10;20:40,20,10,10")
+    mask = build_mask(MaskRequest(track="10:0,0,10,10;20:40,20,10,10"), SHAPE)
     assert not mask(9).any()
     assert not mask(21).any()
     for number, (left, top) in {10: (0, 0), 15: (20, 10), 20: (40, 20)}.items():
@@ -47,29 +49,29 @@ def test_track_moves_linearly_between_key_frames() -> None:
 
 
 def test_generated_masks_lie_on_the_model_grid() -> None:
-    mask = build_mask(["random:0.75"], CANVAS)
+    mask = build_mask(["random:0.75"], SHAPE)
     for number in (0, 5, 15, 16, 39):
-        grid = make_mask("random", 0.75, CANVAS.grid, [CANVAS.seed + number // 16]).grid.view(CANVAS.grid)
+        grid = make_mask("random", 0.75, SHAPE.grid, [SHAPE.seed + number // 16]).grid.view(SHAPE.grid)
         expected = grid[number % 16 // 4].numpy().repeat(10, 0).repeat(10, 1)  # cells of 10 x 10 pixels, 4 frames
         np.testing.assert_array_equal(mask(number), expected)
 
 
 def test_tube_hides_the_same_places_for_ever() -> None:
-    mask = build_mask(["tube:0.5"], CANVAS)
+    mask = build_mask(["tube:0.5"], SHAPE)
     assert all(np.array_equal(mask(0), mask(n)) for n in range(40))
 
 
 def test_frames_and_future_hide_whole_frames() -> None:
-    assert [n for n in range(40) if build_mask(["frames:8-15"], CANVAS)(n).all()] == list(range(8, 16))
-    assert [n for n in range(40) if build_mask(["future:0.25"], CANVAS)(n).all()] == list(range(30, 40))
+    assert [n for n in range(40) if build_mask(["frames:8-15"], SHAPE)(n).all()] == list(range(8, 16))
+    assert [n for n in range(40) if build_mask(["future:0.25"], SHAPE)(n).all()] == list(range(30, 40))
 
 
 def test_several_masks_unite_then_invert_then_dilate() -> None:
     two = ["box:0,0,10,10", "box:40,20,10,10"]
-    united = build_mask(two, CANVAS)(0)
+    united = build_mask(two, SHAPE)(0)
     assert united.sum() == 200
-    np.testing.assert_array_equal(build_mask(two, CANVAS, invert=True)(0), ~united)
-    grown = build_mask(["box:40,20,10,10"], CANVAS, dilate=3)(0)
+    np.testing.assert_array_equal(build_mask(MaskRequest(tuple(two), invert=True), SHAPE)(0), ~united)
+    grown = build_mask(MaskRequest(("box:40,20,10,10",), dilate=3), SHAPE)(0)
     rows, columns = np.nonzero(grown)
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (37, 52, 17, 32)
 
@@ -82,13 +84,13 @@ def _draw(path: Path, box: tuple[int, int, int, int], size: tuple[int, int] = (9
 
 def test_drawn_masks_for_all_frames_and_for_each(tmp_path: Path) -> None:
     _draw(tmp_path / "one.png", (5, 6, 20, 30))
-    mask = build_mask([str(tmp_path / "one.png")], CANVAS)
+    mask = build_mask([str(tmp_path / "one.png")], SHAPE)
     assert mask(0).sum() == mask(39).sum() == 15 * 24
     folder = tmp_path / "each"
     folder.mkdir()
     for n in range(40):
         _draw(folder / f"{n}.png", (n, 0, n + 2, 50))
-    mask = build_mask([str(folder)], CANVAS)
+    mask = build_mask([str(folder)], SHAPE)
     assert all(np.array_equal(np.nonzero(mask(n))[1].min(), n) for n in range(40))  # 2.png before 10.png
 
 
@@ -96,11 +98,11 @@ def test_masks_from_numpy_arrays(tmp_path: Path) -> None:
     each = np.random.default_rng(0).random((40, 50, 90)) < 0.3
     np.save(tmp_path / "each.npy", each)
     np.save(tmp_path / "one.npy", each[7])
-    mask, same = (build_mask([str(tmp_path / f"{name}.npy")], CANVAS) for name in ("each", "one"))
+    mask, same = (build_mask([str(tmp_path / f"{name}.npy")], SHAPE) for name in ("each", "one"))
     assert all(np.array_equal(mask(number), each[number]) for number in (0, 7, 39, 3))
     assert np.array_equal(same(0), each[7])
     assert np.array_equal(same(39), each[7])
-    both = build_mask([str(tmp_path / "each.npy"), "box:0,0,90,50@2-2"], CANVAS, invert=True)
+    both = build_mask(MaskRequest((str(tmp_path / "each.npy"), "box:0,0,90,50@2-2"), invert=True), SHAPE)
     assert not both(2).any()
     assert np.array_equal(both(3), ~each[3])
 
@@ -121,7 +123,7 @@ def test_arrays_that_are_no_masks(tmp_path: Path, content: np.ndarray | bytes, e
     else:
         np.save(file, content, allow_pickle=True)
     with pytest.raises(error, match=part):
-        build_mask([str(file)], CANVAS)
+        build_mask([str(file)], SHAPE)
 
 
 def test_mask_videos(tmp_path: Path) -> None:
@@ -135,10 +137,10 @@ def test_mask_videos(tmp_path: Path) -> None:
             picture = np.repeat(frame[..., None], 3, 2).astype(np.uint8) * 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode(None))
-    mask = build_mask([str(tmp_path / "mask.mkv")], CANVAS)
+    mask = build_mask([str(tmp_path / "mask.mkv")], SHAPE)
     for number in (0, 1, 5, 39, 2):  # going back opens it again
         np.testing.assert_array_equal(mask(number), hidden[number])
-    short = Canvas(height=50, width=90, frames=41, fps=10.0, grid=(4, 5, 9), span=16)
+    short = ClipShape(height=50, width=90, frames=41, fps=10.0, grid=(4, 5, 9), span=16)
     with pytest.raises(UsageError, match="40 frames for a clip of 41"):
         build_mask([str(tmp_path / "mask.mkv")], short)
 
@@ -166,7 +168,7 @@ def test_list_images_orders_numbers_by_value(tmp_path: Path) -> None:
 )
 def test_a_mask_that_does_not_fit_is_one_sentence(text: str, part: str) -> None:
     with pytest.raises(UsageError, match=part) as caught:
-        build_mask([text], CANVAS)
+        build_mask([text], SHAPE)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"--mask {text}")
 
@@ -174,25 +176,25 @@ def test_a_mask_that_does_not_fit_is_one_sentence(text: str, part: str) -> None:
 @pytest.mark.parametrize("track", ["5:0,0,10,10", "5:0,0,10,10;5:1,1,10,10", "5:0,0,10,10;90:0,0,10,10", "oops"])
 def test_a_track_that_does_not_fit(track: str) -> None:
     with pytest.raises(UsageError, match="--track"):
-        build_mask([], CANVAS, track=track)
+        build_mask(MaskRequest(track=track), SHAPE)
 
 
 def test_drawn_masks_of_wrong_size_count_or_kind(tmp_path: Path) -> None:
     _draw(tmp_path / "small.png", (0, 0, 5, 5), size=(30, 20))
     with pytest.raises(UsageError, match="30x20 pixels for a clip of 90x50"):
-        build_mask([str(tmp_path / "small.png")], CANVAS)
+        build_mask([str(tmp_path / "small.png")], SHAPE)
     folder = tmp_path / "few"
     folder.mkdir()
     _draw(folder / "0.png", (0, 0, 5, 5))
     with pytest.raises(UsageError, match="1 pictures for a clip of 40 frames"):
-        build_mask([str(folder)], CANVAS)
+        build_mask([str(folder)], SHAPE)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png"):
-        build_mask([str(tmp_path / "text.png")], CANVAS)
+        build_mask([str(tmp_path / "text.png")], SHAPE)
 
 
 def test_tensor_masks_are_checked() -> None:
-    assert masks_of_tensor(torch.ones(4, 5, dtype=torch.bool), 3, (4, 5))(2).all()
-    assert masks_of_tensor(np.arange(3)[:, None, None] == np.full((1, 4, 5), 1), 3, (4, 5))(1).all()
+    assert mask_of_array(torch.ones(4, 5, dtype=torch.bool), 3, (4, 5))(2).all()
+    assert mask_of_array(np.arange(3)[:, None, None] == np.full((1, 4, 5), 1), 3, (4, 5))(1).all()
     with pytest.raises(ValueError, match="bool"):
-        masks_of_tensor(torch.ones(4, 6, dtype=torch.bool), 3, (4, 5))
+        mask_of_array(torch.ones(4, 6, dtype=torch.bool), 3, (4, 5))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmae_video.rendering.report import MAX_POINTS, Report
+from diffmae_video.rendering.figures import MAX_POINTS
+from diffmae_video.rendering.report import Report
 
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
@@ -45,6 +46,12 @@ class Page(HTMLParser):
 
     def find(self, name):
         return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def curve(text: str, index: int = 0) -> list[tuple[float, float]]:
+    """Points of a drawn curve in the picture's units."""
+    path = re.search(rf'id="curve-{index}">\s*<path d="([^"]*)"', text)[1]
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
 def small_video() -> bytes:
@@ -126,7 +133,7 @@ def test_a_gif_is_a_picture():
 def test_curves_map_values_to_the_plot_area():
     report = Report("Curves")
     report.curves("Line", {"a": ([0, 5, 10], [0.0, 0.5, 1.0])})
-    points = [tuple(map(float, pair.split(","))) for pair in Page(report.html()).find("polyline")[0]["points"].split()]
+    points = curve(report.html())
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x0 < x1 < x2
     assert y0 > y1 > y2  # SVG counts downwards
@@ -137,7 +144,7 @@ def test_curves_map_values_to_the_plot_area():
 def test_logarithmic_curves_are_straight_for_exponentials():
     report = Report("Curves")
     report.curves("Line", {"a": ([0, 1, 2, 3], [1.0, 0.1, 0.01, -1.0])}, log_y=True)
-    points = [tuple(map(float, p.split(","))) for p in Page(report.html()).find("polyline")[0]["points"].split()]
+    points = curve(report.html())
     assert len(points) == 3
     assert points[1][1] == pytest.approx((points[0][1] + points[2][1]) / 2, abs=0.1)
 
@@ -157,10 +164,12 @@ def test_curves_without_values_say_so(x, y):
 def test_constant_and_single_values_are_drawn(value):
     report = Report("Curves")
     report.curves("One", {"point": ([3], [value]), "flat": ([1, 2], [value, value])})
-    page = Page(report.html())
-    assert len(page.find("circle")) == 1
-    numbers = re.findall(r"[-\d.e]+", page.find("polyline")[1]["points"])
-    assert np.isfinite([float(number) for number in numbers]).all()
+    text = report.html()
+    assert Page(text).find("svg")
+    points, marker = curve(text, 0), re.search(r'id="curve-0">.*?</g>\s*</g>', text, re.DOTALL)[0]
+    assert len(points) == marker.count("<use ") == 1
+    assert len(curve(text, 1)) == 2
+    assert np.isfinite([points[0], *curve(text, 1)]).all()
 
 
 def test_long_curves_are_thinned_and_keep_their_mean_and_end():
@@ -169,7 +178,7 @@ def test_long_curves_are_thinned_and_keep_their_mean_and_end():
     report = Report("Curves")
     report.curves("Long", {"a": (np.arange(10_000), y)})
     page = Page(report.html())
-    assert len(page.find("polyline")[0]["points"].split()) == MAX_POINTS
+    assert len(curve(report.html())) == MAX_POINTS
     assert any("a: 9 at the end" in word for word in page.words)
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from diffmae_video.errors import DataError
-from diffmae_video.rendering.video import GifWriter, VideoSource, VideoWriter, open_writer
+from diffmae_video.rendering.source import VideoSource
+from diffmae_video.rendering.writers import GifWriter, VideoWriter, open_writer
 
 RNG = np.random.default_rng(0)
 TIMES = [0, 3, 4, 9, 15, 16]  # a variable rate
@@ -119,7 +120,7 @@ def gif_durations(path: Path) -> list[int]:
 
 
 def test_gif_keeps_times_without_drift(tmp_path: Path) -> None:
-    writer = GifWriter(tmp_path / "a.gif", Fraction(1, 30), Fraction(30))
+    writer = GifWriter(tmp_path / "a.gif", (48, 64), Fraction(1, 30), Fraction(30))
     for n in range(31):
         writer.write(frames(1)[0], n)
     writer.close()
@@ -131,7 +132,7 @@ def test_gif_keeps_times_without_drift(tmp_path: Path) -> None:
 
 
 def test_gif_makes_up_for_frames_that_are_too_short(tmp_path: Path) -> None:
-    writer = GifWriter(tmp_path / "a.gif", Fraction(1, 100), Fraction(25))
+    writer = GifWriter(tmp_path / "a.gif", (48, 64), Fraction(1, 100), Fraction(25))
     for pts in (0, 1, 2, 3, 40, 80):  # hundredths; a GIF shows each for two at least
         writer.write(frames(1)[0], pts)
     writer.close()

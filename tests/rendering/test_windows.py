@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmae_video.rendering.windows import Window, certain, enlarge, place_windows, shrink, to_cells
+from diffmae_video.rendering.windows import Window, enlarge, place_windows, shrink, to_cells
 
 RNG = np.random.default_rng(0)
 
@@ -73,19 +73,6 @@ def test_shrink_is_the_mean_of_the_visible_pixels() -> None:
         block, keep = rgb[2 * i : 2 * i + 2, 2 * j : 2 * j + 2], ~hidden[2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
         expected = block[keep].mean(0) if keep.any() else np.zeros(3)
         np.testing.assert_allclose(small[i, j], expected, atol=1)
-
-
-def test_certain_pixels_cover_nothing_hidden() -> None:
-    hidden = np.zeros((40, 60), dtype=bool)
-    hidden[13:21, 30:31] = True
-    seen = certain(hidden, (20, 20))  # each pixel covers 2 x 3
-    expected = ~hidden.reshape(20, 2, 20, 3).any((1, 3))
-    np.testing.assert_array_equal(seen, expected)
-    larger = certain(hidden, (80, 120))  # enlarged: the interpolation must not touch a hidden pixel
-    assert not larger[26:42, 60:62].any()
-    assert larger[: 2 * 12].all()
-    assert larger[:, : 2 * 29].all()
-    np.testing.assert_array_equal(certain(hidden, (40, 60)), ~hidden)
 
 
 def test_to_cells_rounds_outwards() -> None:

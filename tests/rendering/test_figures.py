@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffmae_video.evaluation.figures import confusion_figure, mistakes, strip_picture, sweep_figure
+from diffmae_video.evaluation.metrics import mistakes
+from diffmae_video.rendering.figures import confusion_figure, sweep_figure
+from diffmae_video.rendering.sheet import clip_strips
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -26,7 +28,7 @@ def test_confusion_marks_a_filled_cell() -> None:
 def test_strip_shows_the_frames() -> None:
     red = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
     red[:, 0] = 255
-    picture = pixels(strip_picture([red, red], ["run, not walk", "clap"], frames=4))
+    picture = clip_strips([red, red], ["run, not walk", "clap"], frames=4)
     share = ((picture[..., 0] > 250) & (picture[..., 1] < 5)).mean()
     assert share > 0.2
 

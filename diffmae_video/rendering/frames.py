@@ -1,0 +1,63 @@
+"""The stream of frames: source -> fillers -> writers.
+
+A source (`source.VideoSource`) yields pictures; each becomes a `Frame` that knows what the mask hides and what of that
+is still unfilled. A filler takes frames in order and yields them in order, with pixels filled in; it may hold back as
+many as it needs to look ahead. `inpaint.Inpainter` is the last filler: whatever those before it have left is filled by
+the model, with all that is filled already as its context. Writers (`writers.open_writer`) take finished frames one at a
+time, so that memory does not grow with the length of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(eq=False)
+class Frame:
+    """A frame on its way from the source to the writers; finished once nothing of it is unfilled."""
+
+    number: int
+    source: np.ndarray
+    """uint8 (H, W, 3)."""
+    hidden: np.ndarray
+    """bool (H, W), what the mask hides."""
+    pts: int = 0
+    """When it is shown, in units of the source's time base."""
+    unfilled: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """bool (H, W), hidden and not filled yet."""
+    filled: list[np.ndarray] = field(default_factory=list)
+    """K x uint8 (H, W, 3), one a sample; empty where nothing was filled."""
+    first: np.ndarray | None = None
+    """uint8 (H, W, 3), filled with the model's answer of the first denoising step."""
+
+    def __post_init__(self) -> None:
+        if self.unfilled.shape != self.hidden.shape:
+            self.unfilled = self.hidden.copy()
+
+    def open_samples(self, samples: int) -> None:
+        """Make sure that there are `samples` pictures to fill, and one for the first step."""
+        while len(self.filled) < samples:
+            self.filled.append(self.result().copy())
+        if self.first is None:
+            self.first = self.result().copy()
+
+    def result(self, sample: int = 0) -> np.ndarray:
+        """Sample `sample` of this frame, uint8 (H, W, 3); the source itself where nothing was hidden."""
+        return self.filled[sample] if self.filled else self.source
+
+    def one_step(self) -> np.ndarray:
+        """The masked autoencoder's answer: the prediction of the first denoising step, uint8 (H, W, 3)."""
+        return self.result() if self.first is None else self.first
+
+    def masked(self, grey: int = 127) -> np.ndarray:
+        """The source with the hidden part in grey, uint8 (H, W, 3)."""
+        shown = self.source.copy()
+        shown[self.hidden] = grey
+        return shown
+
+
+Filler = Callable[[Iterable[Frame]], Iterator[Frame]]
+"""Fills hidden pixels of frames as they pass, in order."""

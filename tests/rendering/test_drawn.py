@@ -1,0 +1,148 @@
+"""Masks as tools write them: what hides, and what the note says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from diffmae_video.errors import DataError, UsageError
+from diffmae_video.rendering.drawn import is_soft
+from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
+
+HEIGHT, WIDTH = 48, 64
+OBJECT = np.zeros((HEIGHT, WIDTH), dtype=bool)
+OBJECT[10:30, 20:44] = True
+OTHER = np.zeros((HEIGHT, WIDTH), dtype=bool)
+OTHER[34:44, 4:16] = True
+
+
+def clip_mask(path: Path, frames: int = 3) -> ClipMask:
+    return build_mask([str(path)], ClipShape(HEIGHT, WIDTH, frames, 10.0, (1, 3, 4), 2))
+
+
+def labels(*values: int) -> np.ndarray:
+    """A label map with the two objects."""
+    picture = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    picture[OBJECT], picture[OTHER] = values
+    return picture
+
+
+def coloured(first: tuple[int, int, int], second: tuple[int, int, int]) -> Image.Image:
+    picture = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    picture[OBJECT], picture[OTHER] = first, second
+    return Image.fromarray(picture)
+
+
+def davis(black_first: bool = True) -> Image.Image:
+    image = Image.fromarray(labels(1, 2) if black_first else np.where(labels(1, 1) > 0, 0, 1).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] if black_first else [255, 255, 255, 0, 0, 0])
+    return image
+
+
+def layer(colour: tuple[int, int, int]) -> Image.Image:
+    picture = np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8)
+    picture[OBJECT | OTHER] = (*colour, 255)
+    return Image.fromarray(picture, "RGBA")
+
+
+KINDS = {
+    "white": (lambda: Image.fromarray(labels(255, 255)), "not black"),
+    "one bit": (lambda: Image.fromarray(labels(255, 255)).convert("1"), "not black"),
+    "zero and one": (lambda: Image.fromarray(labels(1, 1)), "brightest value 1"),
+    "labels": (lambda: Image.fromarray(labels(3, 200)), "not black"),
+    "labels of 16 bits": (lambda: Image.fromarray(labels(1, 2).astype(np.uint16) * 300), "not black"),
+    "yellow and red": (lambda: coloured((255, 255, 0), (255, 0, 0)), "not black"),
+    "dark colours": (lambda: coloured((0, 0, 64), (128, 0, 0)), "not black"),
+    "palette": (davis, "every index but 0"),
+    "palette with white first": (lambda: davis(black_first=False), "every colour but black"),
+    "black on transparent": (lambda: layer((0, 0, 0)), "alpha"),
+    "white on transparent": (lambda: layer((255, 255, 255)), "alpha"),
+    "opaque alpha": (lambda: coloured((255, 0, 0), (0, 255, 0)).convert("RGBA"), "not black"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_object_is_hidden_however_it_is_written(tmp_path: Path, kind: str) -> None:
+    make, note = KINDS[kind]
+    make().save(tmp_path / "mask.png")
+    mask = clip_mask(tmp_path / "mask.png")
+    np.testing.assert_array_equal(mask(0), OBJECT | OTHER)
+    assert len(mask.notes) == 1
+    assert note in mask.notes[0]
+
+
+def test_a_folder_of_palette_masks_reads_each_picture(tmp_path: Path) -> None:
+    for number in range(3):
+        image = Image.fromarray(np.roll(labels(1, 2), number, axis=1), "P")
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        image.save(tmp_path / f"{number:05d}.png")
+    mask = clip_mask(tmp_path)
+    for number in range(3):
+        np.testing.assert_array_equal(mask(number), np.roll(OBJECT | OTHER, number, axis=1))
+    assert len(mask.notes) == 1
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (255, 0, 0), (128, 0, 0)])
+def test_a_jpeg_hides_its_objects_to_the_pixel_beside_the_edge(tmp_path: Path, colour: tuple[int, int, int]) -> None:
+    coloured(colour, colour).save(tmp_path / "mask.jpg", quality=75)
+    mask = clip_mask(tmp_path / "mask.jpg")
+    assert "above 63 of 255" in mask.notes[0]
+    different = np.argwhere(mask(0) != (OBJECT | OTHER))
+    edges = np.argwhere(edge_of(OBJECT | OTHER))
+    assert all(np.abs(edges - place).max(1).min() <= 2 for place in different)
+    assert len(different) < 0.15 * OBJECT.sum()
+
+
+def edge_of(hidden: np.ndarray) -> np.ndarray:
+    return hidden & ~(np.roll(hidden, 1, 0) & np.roll(hidden, -1, 0) & np.roll(hidden, 1, 1) & np.roll(hidden, -1, 1))
+
+
+def test_soft_edges_are_cut_at_a_threshold_that_is_said(tmp_path: Path) -> None:
+    soft = Image.fromarray(labels(255, 255)).filter(ImageFilter.GaussianBlur(2))
+    soft.save(tmp_path / "mask.png")
+    mask = clip_mask(tmp_path / "mask.png")
+    assert "soft edges, above 63 of 255 hides" in mask.notes[0]
+    np.testing.assert_array_equal(mask(0), np.asarray(soft) > 63)
+
+
+def test_flat_areas_are_labels_and_slopes_are_not() -> None:
+    assert not is_soft(labels(1, 2).astype(np.float32))
+    assert not is_soft(labels(255, 0).astype(np.float32))
+    ramp = np.broadcast_to(np.linspace(0, 255, WIDTH, dtype=np.float32), (HEIGHT, WIDTH))
+    assert is_soft(ramp)
+
+
+def test_a_mask_of_another_size_is_scaled_with_a_warning_or_refused(tmp_path: Path) -> None:
+    Image.fromarray(labels(255, 255)).resize((2 * WIDTH, 2 * HEIGHT), Image.Resampling.NEAREST).save(tmp_path / "2.png")
+    mask = clip_mask(tmp_path / "2.png")
+    np.testing.assert_array_equal(mask(0), OBJECT | OTHER)
+    assert "Warning: 128x96 pixels are scaled for a clip of 64x48" in mask.notes[0]
+    Image.fromarray(labels(255, 255).T.copy()).save(tmp_path / "turned.png")
+    with pytest.raises(UsageError, match="48x64 pixels for a clip of 64x48"):
+        clip_mask(tmp_path / "turned.png")
+
+
+@pytest.mark.parametrize(("codec", "pixels", "exact"), [("ffv1", "bgr0", True), ("libx264", "yuv420p", False)])
+def test_mask_videos_in_colours(tmp_path: Path, codec: str, pixels: str, exact: bool) -> None:
+    picture = np.asarray(coloured((255, 255, 0), (64, 0, 0) if exact else (200, 0, 0)))
+    with av.open(str(tmp_path / "mask.mkv"), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixels
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    mask = clip_mask(tmp_path / "mask.mkv")
+    wrong = (mask(0) != (OBJECT | OTHER)).sum()
+    assert wrong == 0 if exact else wrong < 0.15 * OBJECT.sum()
+    mask(1)
+    assert len(mask.notes) == 1
+    assert ("not black" if exact else "above 63") in mask.notes[0]
+
+
+def test_pipes_and_devices_are_no_masks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no regular file"):
+        clip_mask(Path("/dev/zero"))
