@@ -57,8 +57,15 @@ MASKS = ("random:0.75", "tube:0.75", "center")
 RESULTS = Path(__file__).parent / "results"
 
 
+def load_diffmae(run: Path) -> DiffMAE:
+    """The model of a pre-training run."""
+    model = load_model(run)
+    assert isinstance(model, DiffMAE)
+    return model
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     stages = parser.add_subparsers(dest="stage", required=True)
     for name in ("steps", "time", "stride", "edges"):
         stage = stages.add_parser(name)
@@ -124,7 +131,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Quality of one sample by sampler and steps, relative to 1000-step DDPM with the same masks and seeds."""
-    model, clips = load_model(options.run).eval().to(options.device), validation_clips(options, options.clips)
+    model, clips = load_diffmae(options.run).eval().to(options.device), validation_clips(options, options.clips)
     features = DeepFeatures(options.device)
     sources = to_frames(clips)
     originals = np.concatenate([features(clip) for clip in sources])
@@ -191,7 +198,7 @@ def window_time(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     defaults = RenderSettings()
     if options.run:
-        model, clips = load_model(options.run).eval(), validation_clips(options, 1)
+        model, clips = load_diffmae(options.run).eval(), validation_clips(options, 1)
     else:
         size = (options.size, options.size)
         torch.manual_seed(0)
@@ -326,7 +333,7 @@ def strides(options: argparse.Namespace) -> list[dict[str, Any]]:
     from diffmae_video.rendering.inpaint import Inpainter
     from diffmae_video.rendering.source import VideoSource
 
-    model = load_model(options.run).eval().to(options.device)
+    model = load_diffmae(options.run).eval().to(options.device)
     errors: dict[int, list[float]] = {}
     for path in options.clips:
         source = VideoSource(path)
@@ -371,7 +378,7 @@ def edges(options: argparse.Namespace) -> list[dict[str, Any]]:
     from diffmae_video.rendering.inpaint import Inpainter
     from diffmae_video.rendering.source import VideoSource
 
-    model = load_model(options.run).eval().to(options.device)
+    model = load_diffmae(options.run).eval().to(options.device)
     rows = []
     for share in (0.1, 0.2, 0.4):
         places = np.random.default_rng(0)  # the same boxes for every size of them

@@ -27,18 +27,21 @@ MOST_NAMES = 40  # class names beside the axes of a confusion matrix; more would
 def curves_svg(curves: Mapping[str, Points], *, x_label: str = "", log_y: bool = False) -> str:
     """A chart of curves (see `clean_points`) as an SVG element for a web page; the curve with index k has id `curve-k`.
 
-    Text takes the page's colour; the same curves give the same bytes.
+    Text takes the page's colour; the same curves give the same bytes. It holds no links.
     """
     options = {"svg.fonttype": "none", "svg.hashsalt": "curves", "path.simplify": False}
     options |= {f"{part}color": "#8b8d98" for part in ("axes.edge", "xtick.", "ytick.", "grid.")}
     with matplotlib.rc_context(cast(Any, options)):
         figure, axes = _figure(9.0, 3.4)
         for index, (x, y) in enumerate(curves.values()):
-            colour, marker = COLOURS[index % len(COLOURS)], "o" if len(x) == 1 else None
-            axes.plot(x, y, color=colour, marker=marker, gid=f"curve-{index}", clip_on=False)
+            # a single point is a line without length whose round ends make a dot: markers are links inside the SVG
+            x, y, width = (np.repeat(x, 2), np.repeat(y, 2), 7.0) if len(x) == 1 else (x, y, 1.6)
+            (line,) = axes.plot(x, y, color=COLOURS[index % len(COLOURS)], linewidth=width, gid=f"curve-{index}")
+            line.set(solid_capstyle="round", clip_on=False)
         axes.set_yscale("log" if log_y else "linear")
         axes.set_xlabel(x_label.encode("utf-8", "replace").decode(), parse_math=False)  # names may be no UTF-8
         axes.grid(axis="y", clip_on=False)
+        axes.tick_params(which="both", left=False, bottom=False)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
