@@ -79,8 +79,8 @@ def render_inpaint(
 
     Example: diffmae render-inpaint clip.mp4 --mask box:40%,30%,20%,40%
     """
+    from diffmae_video.mask_text import MaskRequest
     from diffmae_video.pipelines import render_inpaint as stage
-    from diffmae_video.rendering.masks import MaskRequest
 
     fields = {"codec": codec, "crf": crf, "sampler": sampler, "steps": steps, "samples": samples}
     stage.render(

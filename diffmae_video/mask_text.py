@@ -13,8 +13,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+FORMS = (
+    "random:R, tube:R, block:R, center:R, frames:R, frames:FIRST-LAST, future:R, box:X,Y,W,H[@START-END] or the path "
+    "of a picture, a folder of pictures, a video or a .npy array"
+)
+"""What `render-inpaint --mask` takes."""
 Corners = tuple[float, float, float, float]
 """Left, top, width and height of a rectangle, in pixels."""
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """What a user wants hidden: the union of `texts` and `track`, then inverted, then grown."""
+
+    texts: tuple[str, ...] = ()
+    """Masks as text, or paths; see FORMS."""
+    track: str | None = None
+    """A box with key frames, `FRAME:x,y,w,h;FRAME:x,y,w,h`; it moves linearly in between and is absent outside."""
+    dilate: int = 0
+    """Pixels by which the hidden area grows on every side."""
+    invert: bool = False
+    """Hide what the masks show, and show what they hide."""
+
+    def names(self) -> list[str]:
+        """The masks as they were written."""
+        return [*self.texts, *([f"track {self.track}"] if self.track else [])]
+
+    def __str__(self) -> str:
+        return ", ".join(self.names())
 
 
 @dataclass(frozen=True)

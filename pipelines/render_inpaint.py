@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from diffmae_video.config import RenderSettings, Settings, load_settings, with_overrides
-from diffmae_video.errors import DataError, UsageError
-from diffmae_video.evaluation.image_metrics import Closeness
-from diffmae_video.pipelines.console import format_seconds, progress, say
-from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
+from diffmae_video.mask_text import MaskRequest
+from diffmae_video.pipelines.find import find_run
 from diffmae_video.pipelines.job import Job
-from diffmae_video.pipelines.render_report import RenderResult, read_render_result, write_render_result
-from diffmae_video.pipelines.render_resume import WORK, WindowFiles, render_identity
-from diffmae_video.pipelines.run import open_run
-from diffmae_video.rendering.album import Album, write_trajectory
-from diffmae_video.rendering.frames import Frame
-from diffmae_video.rendering.inpaint import Inpainter
-from diffmae_video.rendering.masks import ClipMask, MaskRequest, build_mask
-from diffmae_video.rendering.sheet import Panels
-from diffmae_video.rendering.source import VideoSource
-from diffmae_video.rendering.writers import Writer, open_writer, write_png
-from diffmae_video.training.signals import stop_on_signal
 
-CHOICES = ("codec", "sampler", "window")
-"""Options that take one of a few words."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a render needs, found and checked before anything is written."""
-
-    source: VideoSource
-    inpainter: Inpainter
-    mask: ClipMask
-    settings: Settings
-    checkpoint: str
-    share: float
-    """Of the clip's pixels that is hidden."""
-    touched: list[int]
-    """Frames in which something is hidden."""
+if TYPE_CHECKING:
+    from diffmae_video.pipelines.render_report import RenderResult
 
 
 def render(
     job: Job,
     clip: Path | str,
-    mask: MaskRequest | Sequence[str] = (),
+    mask: MaskRequest = MaskRequest(),
     *,
     options: Mapping[str, Any] | None = None,
     lossless: bool = False,
@@ -62,9 +27,9 @@ def render(
 
     Args:
         job: its recipe names the `render` settings (those saved with the run without it), its checkpoint a pre-training
-            run.
+            run. An unfinished render of the same is continued.
         clip: video, image, or folder of images.
-        mask: what to hide; the recipe's `render.mask` without it.
+        mask: what to hide, `MaskRequest(("center",))`; the recipe's `render.mask` without it.
         options: single fields of the render settings, which win over all others; None values count as absent.
         lossless: FFV1 output (PNG for an image), bit-equal outside the mask.
         fps: frame rate of a folder of images.
@@ -78,164 +43,9 @@ def render(
         Stopped: a signal ended it; the same call continues.
     """
     job.resume_auto_or_never()
-    with ExitStack() as stack:
-        checkpoint, model, loaded = load_inpainter(job)
-        settings = _settings(loaded.settings, job, options or {}, lossless)
-        source = VideoSource(clip, fps)
-        stack.callback(source.close)
-        stride = _stride(settings, source, model.settings.frames)
-        inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
-        plan = _plan(source, inpainter, mask, settings, checkpoint)
-        if job.dry_run:
-            return None
-        identity = render_identity(source, loaded.weights_sha256, settings, plan.mask.request, stride)
-        run = stack.enter_context(open_run(job, identity, finished="refuse" if job.resume == "never" else "yield"))
-        if run.earlier.get("status") == "finished":
-            say(f"{run.directory} holds this render already: done before.")
-            return read_render_result(run.directory)
-        if job.resume == "never":
-            shutil.rmtree(run.directory / WORK, ignore_errors=True)
-        inpainter.store = WindowFiles(run.directory / WORK / "windows")
-        request = stack.enter_context(stop_on_signal())
-        inpainter.between_steps = lambda: request.check(f"the same command continues the render of {clip}")
-        try:
-            result = _write(plan, run.directory)
-        except (UsageError, DataError):
-            if not run.earlier:
-                shutil.rmtree(run.directory / WORK, ignore_errors=True)  # so that the folder is given back
-            raise
-        shutil.rmtree(run.directory / WORK)
-        run.finish(clip=str(source.path), mask=result.mask, checkpoint=checkpoint)
-    say(
-        f"Done in {format_seconds(result.seconds)}: {result.video}. Hidden region against the source: "
-        f"PSNR {result.psnr_masked:.2f} dB, SSIM {result.ssim_masked:.3f}. Pictures and report.html lie beside it."
-    )
-    return result
+    find_run("pretrain", job.checkpoint)  # before anything heavy is imported
 
+    from diffmae_video.pipelines.render_pass import plan_render, run_render
 
-def _settings(run: Settings, job: Job, options: Mapping[str, Any], lossless: bool) -> Settings:
-    if job.recipe != "auto":
-        run = with_overrides(run, render=load_settings(job.recipe, "render", job.overrides).render.model_dump())
-    chosen = {name: value for name, value in options.items() if value is not None}
-    for name in CHOICES:
-        allowed = get_args(RenderSettings.model_fields[name].annotation)
-        if name in chosen and chosen[name] not in allowed:
-            raise UsageError(f"--{name} {chosen[name]}: choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
-    if lossless:
-        if chosen.get("codec") not in (None, "ffv1", "png"):
-            raise UsageError(f"--lossless cannot go with --codec {chosen['codec']}; choose ffv1 or png.")
-        chosen.setdefault("codec", "ffv1")
-    settings = with_overrides(run, render=chosen)
-    check_steps(settings)
-    return settings
-
-
-def _stride(settings: Settings, source: VideoSource, length: int) -> int:
-    """The stride asked for, or the one the model was trained with, as far as the clip is long enough for it."""
-    stride = settings.render.stride or settings.data.stride
-    return max(1, min(stride, source.frames // length))
-
-
-def _plan(
-    source: VideoSource, inpainter: Inpainter, asked: MaskRequest | Sequence[str], settings: Settings, checkpoint: str
-) -> Plan:
-    """Read the mask, look at all of it, and say what is about to happen."""
-    request = asked if isinstance(asked, MaskRequest) else MaskRequest(tuple(asked))
-    if not request.texts and not request.track:
-        request = MaskRequest((settings.render.mask,), None, request.dilate, request.invert)
-    shape = inpainter.clip_shape((source.height, source.width), source.frames, float(source.fps))
-    mask = build_mask(request, shape)
-    share, touched = _survey(mask, source.frames)
-    for note in mask.notes:
-        say(note)
-    model, render = inpainter.model.settings, settings.render
-    say(
-        f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, "
-        f"{source.frames / float(source.fps):.3g} s. Mask: {request}, {share:.1%} hidden. "
-        f"Windows of {model.frames} frames, stride {inpainter.stride}, at {model.size[1]}x{model.size[0]}; "
-        f"{render.sampler}, {render.steps} steps."
-    )
-    return Plan(source, inpainter, mask, settings, checkpoint, share, touched)
-
-
-def _survey(mask: ClipMask, frames: int) -> tuple[float, list[int]]:
-    """Share of the clip that is hidden, and the frames concerned; refuses a mask that hides nothing or everything."""
-    total = hidden = 0
-    touched = []
-    for number in range(frames):
-        one = mask(number)
-        count = int(np.count_nonzero(one))
-        hidden, total = hidden + count, total + one.size
-        if count:
-            touched.append(number)
-    if hidden == 0:
-        read = f" ({' '.join(mask.notes)})" if mask.notes else ""
-        raise UsageError(f"--mask {mask.request} hides nothing of the clip{read}; choose what to inpaint.")
-    if hidden == total:
-        raise UsageError(f"--mask {mask.request} hides the whole clip; leave something visible to go by.")
-    return hidden / total, touched
-
-
-def _frames(plan: Plan) -> Iterator[Frame]:
-    for number, frame in enumerate(plan.source):
-        yield Frame(number, frame.rgb, plan.mask(min(number, plan.source.frames - 1)), frame.pts)
-
-
-def _write(plan: Plan, directory: Path) -> RenderResult:
-    """Stream the clip through the model into its files, then write what is read off it."""
-    started, settings = time.monotonic(), plan.settings
-    source, inpainter, samples = plan.source, plan.inpainter, settings.render.samples
-    closeness, album, hidden = Closeness(), Album(plan.touched), 0
-    panels = Panels(["source", "masked", "MAE's one step", "result"], source.height, source.width)
-    with ExitStack() as undo:
-
-        def writer(stem: str, codec: str, size: tuple[int, int] | None = None) -> Writer:
-            made = open_writer(directory, stem, source, codec, settings.render.crf, size)
-            undo.callback(made.abort)
-            return made
-
-        names = ["inpainted", *(f"inpainted-{k}" for k in range(2, samples + 1))]
-        results = [writer(name, settings.render.codec) for name in names]
-        comparison = writer("comparison", "h264", panels.size)
-        with progress(source.frames, "render-inpaint", "frames") as line:
-            for frame in inpainter.stream(_frames(plan)):
-                for k, made in enumerate(results):
-                    made.write(frame.result(k), frame.pts)
-                pictures = [frame.source, frame.masked(), frame.one_step(), frame.result()]
-                comparison.write(panels.compose(pictures), frame.pts)
-                closeness.add(frame.source, frame.result(), frame.hidden)
-                hidden += int(frame.hidden.sum())
-                album.add(frame)
-                line.update(1, windows=inpainter.windows)
-                inpainter.between_steps()
-        if hidden == 0:  # of the frames that could be decoded
-            raise UsageError(f"--mask {plan.mask.request} hides nothing of the clip; choose what to inpaint.")
-        for made in [*results, comparison]:
-            made.close()
-        undo.pop_all()
-    write_png(directory / "sheet.png", album.sheet(f"{source.path.name}, {plan.mask.request}"))
-    if samples > 1:
-        write_png(directory / "uncertainty.png", album.uncertainty(f"Spread of {samples} samples"))
-    if inpainter.trajectory is not None and len(inpainter.trajectory.steps) > 1:
-        write_trajectory(directory / "trajectory.mp4", inpainter.trajectory, settings.render.steps)
-    result = RenderResult(
-        directory=str(directory),
-        video=str(results[0].path),
-        clip=str(source.path),
-        mask=plan.mask.request.names(),
-        frames=closeness.frames,
-        size=[source.width, source.height],
-        masked_share=hidden / (closeness.frames * source.height * source.width),
-        seconds=round(time.monotonic() - started, 3),
-        windows=inpainter.windows,
-        windows_resumed=inpainter.restored,
-        steps=settings.render.steps,
-        sampler=settings.render.sampler,
-        samples=samples,
-        stride=inpainter.stride,
-        seed=settings.seed,
-        checkpoint=plan.checkpoint,
-        **closeness.figures(),
-    )
-    write_render_result(result, settings)
-    return result
+    with plan_render(job, clip, mask, options={**(options or {}), "lossless": lossless}, fps=fps) as plan:
+        return None if job.dry_run else run_render(job, plan)

@@ -13,8 +13,8 @@ import numpy as np
 
 from diffmae_video.config import Settings
 from diffmae_video.files import sha256_of, write_atomic
+from diffmae_video.mask_text import MaskRequest
 from diffmae_video.rendering.inpaint import Sampled, Trajectory
-from diffmae_video.rendering.masks import MaskRequest
 from diffmae_video.rendering.source import VideoSource
 
 WORK = ".work"

@@ -16,9 +16,11 @@ import numpy as np
 
 from diffmae_video.errors import UsageError
 from diffmae_video.mask_text import (
+    FORMS,
     Corners,
     Extent,
     Generated,
+    MaskRequest,
     Region,
     read_corners,
     read_frame,
@@ -27,11 +29,6 @@ from diffmae_video.mask_text import (
 )
 from diffmae_video.masking import DEFAULT_RATIOS, make_mask
 from diffmae_video.rendering.drawn import FrameMask, read_mask_file
-
-FORMS = (
-    "random:R, tube:R, block:R, center:R, frames:R, frames:FIRST-LAST, future:R, box:X,Y,W,H[@START-END] or the path "
-    "of a picture, a folder of pictures, a video or a .npy array"
-)
 
 
 @dataclass(frozen=True)
@@ -57,27 +54,6 @@ class ClipShape:
     def extent(self) -> Extent:
         """What mask texts are read for."""
         return Extent(self.frames, self.height, self.width, self.fps)
-
-
-@dataclass(frozen=True)
-class MaskRequest:
-    """What a user wants hidden: the union of `texts` and `track`, then inverted, then grown."""
-
-    texts: tuple[str, ...] = ()
-    """Masks as text, or paths; see FORMS."""
-    track: str | None = None
-    """A box with key frames, `FRAME:x,y,w,h;FRAME:x,y,w,h`; it moves linearly in between and is absent outside."""
-    dilate: int = 0
-    """Pixels by which the hidden area grows on every side."""
-    invert: bool = False
-    """Hide what the masks show, and show what they hide."""
-
-    def names(self) -> list[str]:
-        """The masks as they were written."""
-        return [*self.texts, *([f"track {self.track}"] if self.track else [])]
-
-    def __str__(self) -> str:
-        return ", ".join(self.names())
 
 
 class ClipMask:

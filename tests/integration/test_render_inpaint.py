@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from diffmae_video.cli.app import run
 from diffmae_video.config import DiffusionSettings, ModelSettings
+from diffmae_video.mask_text import MaskRequest
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
 from diffmae_video.pipelines.render_resume import WindowFiles
 from diffmae_video.rendering.inpaint import Sampled
-from diffmae_video.rendering.masks import ClipShape, MaskRequest, build_mask
+from diffmae_video.rendering.masks import ClipShape, build_mask
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import VideoWriter
 from diffmae_video.training.run import lock

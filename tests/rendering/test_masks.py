@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.mask_text import MaskRequest
 from diffmae_video.masking import make_mask
 from diffmae_video.rendering.drawn import mask_of_array
-from diffmae_video.rendering.masks import ClipShape, MaskRequest, build_mask
+from diffmae_video.rendering.masks import ClipShape, build_mask
 from diffmae_video.rendering.source import list_images
 
 SHAPE = ClipShape(height=50, width=90, frames=40, fps=10.0, grid=(4, 5, 9), span=16, seed=3)
