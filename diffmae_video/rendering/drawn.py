@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffmae_video.data.decode import VideoReader
 from diffmae_video.data.images import open_image
 from diffmae_video.data.media import read_head
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.mask_text import Extent
-from diffmae_video.rendering.source import list_images
+from diffmae_video.rendering.source import VideoSource, list_images
 
 FrameMask = Callable[[int], np.ndarray]
 """Frame number -> bool (H, W), True = hidden. Called with rising numbers; the array is not written to."""
@@ -189,18 +188,16 @@ class _MaskVideo:
         self.path, self.shape = path, shape
         self.notes: list[str] | None = notes
         self._rewind()
-        info = self.reader.info
-        if info.frames != shape.frames:
+        count, video = self.reader.frames, self.reader.video
+        if count != shape.frames:
             self.reader.close()
-            raise UsageError(
-                f"--mask {path}: {info.frames} frames for a clip of {shape.frames}; give a mask for each frame."
-            )
+            raise UsageError(f"--mask {path}: {count} frames for a clip of {shape.frames}; give a mask for each frame.")
         self.threshold, self.note = THRESHOLD, f"a compressed video, above {THRESHOLD} of 255 hides"
-        if info.codec in LOSSLESS_VIDEOS:
+        if video is not None and video.info.codec in LOSSLESS_VIDEOS:
             self.threshold, self.note = 0, "every pixel that is not black hides"
 
     def _rewind(self) -> None:
-        self.reader = VideoReader(self.path)
+        self.reader = VideoSource(self.path)
         self.frames, self.number, self.hidden = iter(self.reader), -1, np.zeros(0, dtype=bool)
 
     def __call__(self, number: int) -> np.ndarray:
@@ -214,7 +211,7 @@ class _MaskVideo:
                     f"--mask {self.path}: it ends after {self.number + 1} frames and the clip goes on; "
                     "give a mask for each frame."
                 )
-            reading = MaskReading(frame[0].max(2) > self.threshold, self.note)
+            reading = MaskReading(frame.rgb.max(2) > self.threshold, self.note)
             self.hidden = _fitted(self.path, reading, self.shape, self.notes)
             self.number, self.notes = self.number + 1, None
         return self.hidden

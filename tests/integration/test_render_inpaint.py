@@ -306,7 +306,7 @@ def test_a_pipe_is_no_clip(clip: Path, model: Path, capsys: pytest.CaptureFixtur
     os.mkfifo("pipe.mp4")
     for path in (Path("pipe.mp4"), Path("/dev/zero")):
         assert render(path, model, "--mask", "center") == 3
-        assert "no regular file" in capsys.readouterr().err
+        assert "no plain file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -144,5 +144,5 @@ def test_mask_videos_in_colours(tmp_path: Path, codec: str, pixels: str, exact: 
 
 
 def test_pipes_and_devices_are_no_masks(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="no plain file"):
         clip_mask(Path("/dev/zero"))
