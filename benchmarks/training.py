@@ -247,7 +247,7 @@ def step(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def run(settings: Settings, clips: int, steps: int) -> None:
         model = DiffMAE(settings.model, settings.diffusion).train()
         if settings.train.grad_checkpointing:
-            model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(settings.train.grad_checkpointing)
         optimizer, seeds = build_optimizer(model, settings.train), list(range(clips))
         frames, size = settings.model.frames, settings.model.size
         mask = make_mask(

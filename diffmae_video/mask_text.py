@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+
+from diffmae_video.registry import maskers
 
 FORMS = (
     "random:R, tube:R, block:R, center:R, frames:R, frames:FIRST-LAST, future:R, box:X,Y,W,H[@START-END] or the path "
@@ -74,11 +75,10 @@ class Region:
     last: int
 
 
-def read_mask_text(text: str, extent: Extent, ratios: Mapping[str, float]) -> Generated | Region | None:
+def read_mask_text(text: str, extent: Extent) -> Generated | Region | None:
     """What a text hides, checked against the extent; None where it does not begin with a kind of mask.
 
-    Args:
-        ratios: names of the maskers with their default ratios.
+    Kinds are `frames`, `box` and the names of `registry.maskers`, each with its own default ratio.
 
     Raises:
         ValueError: what is wrong, and what to write.
@@ -93,14 +93,15 @@ def read_mask_text(text: str, extent: Extent, ratios: Mapping[str, float]) -> Ge
         if not first <= last < extent.frames:
             raise ValueError(f"the clip has frames 0 to {extent.frames - 1}; name frames among them")
         return Region(slice(0, extent.height), slice(0, extent.width), first, last)
-    if kind not in ratios:
+    if kind not in maskers.names():
         return None
+    default = maskers.fact(kind, "ratio", 0.75)
     try:
-        ratio = float(value) if value else ratios[kind]
+        ratio = float(value) if value else default
     except ValueError:
         ratio = math.nan
     if not 0 < ratio < 1:
-        raise ValueError(f"the ratio must lie between 0 and 1, for example {kind}:{ratios[kind]}")
+        raise ValueError(f"the ratio must lie between 0 and 1, for example {kind}:{default}")
     return Generated(kind, ratio)
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmae_video.mask_text import Extent, Generated, read_mask_text
+from diffmae_video.registry import maskers
+
 GridShape = tuple[int, int, int]  # (T/t, H/p, W/p)
 
 
@@ -107,24 +110,27 @@ def pixel_mask_to_grid(pixels: Tensor, tubelet: int, patch: int) -> Tensor:
     return cells.any(-1).any(-2).any(-3)
 
 
-# --- maskers: (ratio, shape, generator) -> bool (N,), True = masked -------------------------------------------------
+# --- maskers: (shape, ratio, generator) -> bool (N,), True = masked; `ratio` at registration is the default ----------
 
 
-def random_grid(ratio: float, shape: GridShape, generator: torch.Generator) -> Tensor:
+@maskers.register("random", ratio=0.75)
+def random_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """Tokens at random in space and time; int(N * (1 - ratio)) stay visible (MAE-ST: 156 of 1568 at 0.9)."""
     tokens = math.prod(shape)
     visible = torch.randperm(tokens, generator=generator)[: int(tokens * (1 - ratio))]
     return torch.ones(tokens, dtype=torch.bool).index_fill(0, visible, False)
 
 
-def tube_grid(ratio: float, shape: GridShape, generator: torch.Generator) -> Tensor:
+@maskers.register("tube", ratio=0.75)
+def tube_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """The same int(ratio * H/p * W/p) places hidden at all times (VideoMAE: 160 of 1568 stay visible at 0.9)."""
     places = shape[1] * shape[2]
     hidden = torch.randperm(places, generator=generator)[: int(ratio * places)]
     return torch.zeros(places, dtype=torch.bool).index_fill(0, hidden, True).repeat(shape[0])
 
 
-def block_grid(ratio: float, shape: GridShape, generator: torch.Generator) -> Tensor:
+@maskers.register("block", ratio=0.75)
+def block_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """Union of random 3-D boxes, cut to exactly N - int(N * (1 - ratio)) tokens by thinning the last box.
 
     Each box spans 15 to 70 % of every axis on a logarithmic scale, as I-JEPA and V-JEPA draw theirs in spirit.
@@ -147,7 +153,8 @@ def block_grid(ratio: float, shape: GridShape, generator: torch.Generator) -> Te
     return grid.flatten()
 
 
-def center_grid(ratio: float, shape: GridShape, generator: torch.Generator | None = None) -> Tensor:
+@maskers.register("center", ratio=0.25)
+def center_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """A centred rectangle of about `ratio` of the area at all times; 0.25 is the half-side block."""
     sizes = [min(n, max(1, round(n * math.sqrt(ratio)))) for n in shape[1:]]
     (top, left), (height, width) = [(n - size) // 2 for n, size in zip(shape[1:], sizes, strict=True)], sizes
@@ -156,14 +163,16 @@ def center_grid(ratio: float, shape: GridShape, generator: torch.Generator | Non
     return grid.flatten()
 
 
-def frames_grid(ratio: float, shape: GridShape, generator: torch.Generator | None = None) -> Tensor:
+@maskers.register("frames", ratio=0.5)
+def frames_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """The middle of the clip, whole frames: interpolation. At least one tubelet stays at each end."""
     count = _tubelets(ratio, shape[0], keep=2, kind="frames")
     start = (shape[0] - count) // 2
     return _span(range(start, start + count), shape)
 
 
-def future_grid(ratio: float, shape: GridShape, generator: torch.Generator | None = None) -> Tensor:
+@maskers.register("future", ratio=0.5)
+def future_grid(shape: GridShape, ratio: float, generator: torch.Generator) -> Tensor:
     """The end of the clip, whole frames: prediction. At least the first tubelet stays."""
     count = _tubelets(ratio, shape[0], keep=1, kind="future")
     return _span(range(shape[0] - count, shape[0]), shape)
@@ -181,23 +190,11 @@ def _span(times: range, shape: GridShape) -> Tensor:
     return grid.flatten()
 
 
-MASKERS: dict[str, Callable[[float, GridShape, torch.Generator], Tensor]] = {
-    "random": random_grid,
-    "tube": tube_grid,
-    "block": block_grid,
-    "center": center_grid,
-    "frames": frames_grid,
-    "future": future_grid,
-}
-MASK_KINDS: tuple[str, ...] = tuple(MASKERS)
-DEFAULT_RATIOS = {"random": 0.75, "tube": 0.75, "block": 0.75, "center": 0.25, "frames": 0.5, "future": 0.5}
-
-
 def make_mask(kind: str, ratio: float, shape: GridShape, seeds: Sequence[int] | Tensor) -> Mask:
     """One mask a sample, each from its own generator: the same seed gives the same mask in any batch.
 
     Args:
-        kind: one of MASK_KINDS.
+        kind: a name of `registry.maskers`.
         ratio: fraction of the tokens to hide, in (0, 1); `center` reads it as area, `frames` and `future` as time.
         shape: token grid (T/t, H/p, W/p).
         seeds: B integers.
@@ -205,45 +202,35 @@ def make_mask(kind: str, ratio: float, shape: GridShape, seeds: Sequence[int] | 
     Raises:
         ValueError: an unknown kind, a ratio out of range, or a grid too short for the kind.
     """
-    if kind not in MASKERS:
-        raise ValueError(f"mask kind {kind!r} is not one of {', '.join(MASK_KINDS)}")
+    masker = maskers.get(kind)
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not between 0 and 1")
     seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    grids = [MASKERS[kind](ratio, shape, torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    grids = [masker(shape, ratio, torch.Generator().manual_seed(int(seed))) for seed in seeds]
     return Mask.from_grid(torch.stack(grids), shape)
 
 
 def parse_mask(text: str, shape: GridShape, tubelet: int = 2, patch: int = 16) -> Callable[[Sequence[int]], Mask]:
-    """Read a mask in words and return a function from seeds (B) to a Mask.
+    """Read a mask in words, as `render-inpaint --mask` takes it, and return a function from seeds (B) to a Mask.
 
-    `KIND` or `KIND:RATIO` for MASK_KINDS; `frames:FIRST-LAST` hides those frames (counted from 0, both included);
-    `box:X,Y,WIDTH,HEIGHT` hides a rectangle of pixels at all times, as in `render-inpaint --mask`. Frames and pixels
-    are rounded outwards to tokens of `tubelet` frames and `patch` x `patch` pixels.
+    `KIND` or `KIND:RATIO` for the names of `registry.maskers`; `frames:FIRST-LAST` hides those frames (counted from 0,
+    both included); `box:X,Y,WIDTH,HEIGHT` a rectangle at all times, or with `@FIRST-LAST` in those frames. Frames and
+    pixels are rounded outwards to tokens of `tubelet` frames and `patch` x `patch` pixels.
 
     Raises:
         ValueError: the text is none of these, or does not fit the grid.
     """
-    kind, _, value = text.partition(":")
-    frames, height, width = shape[0] * tubelet, shape[1] * patch, shape[2] * patch
-    pixels = torch.zeros(frames, height, width, dtype=torch.bool)
+    extent = Extent(shape[0] * tubelet, shape[1] * patch, shape[2] * patch)
     try:
-        if kind == "frames" and "-" in value:
-            first, last = (int(number) for number in value.split("-"))
-            if not 0 <= first <= last < frames or (first, last) == (0, frames - 1):
-                raise ValueError(f"frames {first} to {last} are not a part of the clip's 0 to {frames - 1}")
-            pixels[first : last + 1] = True
-        elif kind == "box":
-            left, top, across, down = (int(number) for number in value.split(","))
-            if not (min(left, top) >= 0 < min(across, down) and left + across <= width and top + down <= height):
-                raise ValueError(f"the box does not lie in {width} x {height} pixels")
-            pixels[:, top : top + down, left : left + across] = True
-        elif kind in MASKERS:
-            ratio = float(value) if value else DEFAULT_RATIOS[kind]
+        found = read_mask_text(text, extent)
+        if isinstance(found, Generated):
+            kind, ratio = found.kind, found.ratio
             make_mask(kind, ratio, shape, [0])  # refuse now what would fail later
             return lambda seeds: make_mask(kind, ratio, shape, seeds)
-        else:
-            raise ValueError(f"{kind!r} is not one of {', '.join(MASK_KINDS)}, box")
+        if found is None:
+            raise ValueError(f"{text.partition(':')[0]!r} is not one of {', '.join(maskers.names())}, box")
+        pixels = torch.zeros(extent.frames, extent.height, extent.width, dtype=torch.bool)
+        pixels[found.first : found.last + 1, found.rows, found.columns] = True
         grid = pixel_mask_to_grid(pixels, tubelet, patch).flatten()
         if bool(grid.all()):
             raise ValueError("it touches every token, and nothing stays visible")

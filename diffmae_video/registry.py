@@ -2,8 +2,11 @@
 
 A part registers itself under its name where it is written::
 
-    @maskers.register("stripes")
+    @maskers.register("stripes", ratio=0.5)
     def stripes(...): ...
+
+Constants beside the name are facts about the part, which settings and messages need without it; they become its
+attributes.
 
 Another package adds one through an entry point of the group (`diffmae_video.maskers`), without a change here. Names are
 known without importing a part: those of this package are read from the source, so that `--help` and errors in settings
@@ -18,7 +21,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from importlib import metadata, resources
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator
 
@@ -40,8 +43,8 @@ class Registry(Generic[T]):
         self.kind, self.variable, self.homes = kind, variable, homes
         self._parts: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: the function or class is the part of that name.
+    def register(self, name: str, **facts: Any) -> Callable[[T], T]:
+        """Decorator: the function or class is the part of that name, and has these facts as attributes.
 
         Raises:
             ValueError: another part has the name.
@@ -51,6 +54,8 @@ class Registry(Generic[T]):
             old = self._parts.get(name)
             if old is not None and getattr(old, "__qualname__", None) != getattr(part, "__qualname__", None):
                 raise ValueError(f"the {self.kind} {name!r} is registered twice")
+            for fact, value in facts.items():
+                setattr(part, fact, value)
             self._parts[name] = part
             return part
 
@@ -58,7 +63,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names: of this package in the order of its source, then those of other packages, sorted."""
-        built_in = [name for home in self.homes for name in _registered_names(home, self.variable)]
+        built_in = [name for home in self.homes for name in _registered(home, self.variable)]
         others = {point.name for point in self._entry_points()} | self._parts.keys()
         return [*built_in, *sorted(others - set(built_in))]
 
@@ -86,22 +91,36 @@ class Registry(Generic[T]):
         self.check(name)
         if name not in self._parts:
             for home in self.homes:
-                if name in _registered_names(home, self.variable):
+                if name in _registered(home, self.variable):
                     importlib.import_module(f"{_PACKAGE}.{home}")
         if name not in self._parts:
             point = next(point for point in self._entry_points() if point.name == name)
             self._parts.setdefault(name, point.load())
         return self._parts[name]
 
+    def fact(self, name: str, fact: str, default: Any) -> Any:
+        """What the part's decorator says, e.g. `ratio` of a masker; parts of this package are not imported for it.
+
+        Raises:
+            ValueError: there is no such part; the message lists the names.
+        """
+        self.check(name)
+        if name not in self._parts:
+            for home in self.homes:
+                if name in (registered := _registered(home, self.variable)):
+                    return registered[name].get(fact, default)
+        return getattr(self.get(name), fact, default)
+
     def _entry_points(self) -> metadata.EntryPoints:
         return metadata.entry_points(group=f"{_PACKAGE}.{self.variable}")
 
 
 @functools.cache
-def _registered_names(home: str, variable: str) -> tuple[str, ...]:
-    """Names in the decorators `@VARIABLE.register("NAME")` of a module of this package, without importing it."""
+def _registered(home: str, variable: str) -> dict[str, dict[str, Any]]:
+    """Names and facts in the decorators `@VARIABLE.register("NAME", FACT=VALUE)` of a module of this package, read from
+    its source."""
     source = resources.files(_PACKAGE).joinpath(f"{home.replace('.', '/')}.py")
-    names = []
+    found = []
     for node in ast.walk(ast.parse(source.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             for call in node.decorator_list:
@@ -113,8 +132,9 @@ def _registered_names(home: str, variable: str) -> tuple[str, ...]:
                     and call.func.value.id == variable
                     and isinstance(call.args[0], ast.Constant)
                 ):
-                    names.append((node.lineno, str(call.args[0].value)))
-    return tuple(name for _, name in sorted(names))
+                    facts = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+                    found.append((node.lineno, str(call.args[0].value), facts))
+    return {name: facts for _, name, facts in sorted(found, key=lambda one: one[0])}
 
 
 maskers: Registry[Callable] = Registry("masker", "maskers", ("masking",))

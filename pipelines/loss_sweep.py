@@ -62,12 +62,13 @@ def loss_sweep(
     settings, model = loaded.settings, loaded.model
     if loaded.info.get("kind") != "diffmae":
         raise DataError(f"{source} is a classifier, which denoises nothing; give a pre-training run.")
+    model.feature_decoder = None  # the sweep is over what is denoised
     path = job.data or settings.data.path or Workspace.here().require("shards", "--data").path
     settings = with_overrides(settings, data={"path": str(path), "sources": []})
     ratios = tuple(ratios) or tuple(sorted({*RATIOS, settings.mask.ratio}))
     last = len(model.schedule) - 1
     timesteps = model.schedule.respace(steps).timesteps.tolist()  # dense where the signal goes, as samplers take them
-    if settings.model.objective == "mae":
+    if not model.objective.noise:
         timesteps = [last]  # it has no timestep: one point
     batch = max(1, min(clips, 16))
     console.say(
@@ -95,7 +96,7 @@ def loss_sweep(
                     with loaded.autocast():
                         output = model(pixels, mask, fixed)
                     totals[ratio][index] += output.per_sample.double().sum().item()
-                means[ratio] += _mean_error(pixels, mask, settings.model).sum().item()
+                means[ratio] += _mean_error(model, pixels, mask).sum().item()
             seen += len(kept)
             bar.update(len(kept))
             if seen >= clips:
@@ -116,13 +117,12 @@ def loss_sweep(
     return result
 
 
-def _mean_error(pixels, mask, model_settings):
+def _mean_error(model, pixels, mask):
     """Squared error (B,) of the mean of each clip's masked patches: what predicting without looking reaches."""
-    from diffmae_video.models.patches import gather_tokens, normalize_patches, patchify
+    from diffmae_video.models.patches import gather_tokens, patchify
 
-    hidden = gather_tokens(patchify(pixels, model_settings.tubelet, model_settings.patch), mask.masked)  # (B, M, P)
-    if model_settings.target == "norm_pixel":
-        hidden = normalize_patches(hidden)
+    hidden = gather_tokens(patchify(pixels, model.tubelet, model.patch), mask.masked)  # (B, M, P)
+    hidden = model.target.from_pixels(hidden)
     return (hidden - hidden.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2)).double()
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmae_video.masking import MASK_KINDS, Mask, make_mask, parse_mask, pixel_mask_to_grid
+from diffmae_video.masking import Mask, make_mask, parse_mask, pixel_mask_to_grid
+from diffmae_video.registry import maskers
 
 CLIP = (8, 14, 14)
 
@@ -20,7 +21,7 @@ def test_counts_of_the_papers():
     assert make_mask("random", 0.75, (1, 14, 14), [0]).visible.shape == (1, 49)  # MAE
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", maskers.names())
 def test_a_mask_partitions_the_grid(kind):
     mask = make_mask(kind, 0.5, (4, 6, 8), [1, 2, 3])
     assert mask.visible_valid is None
@@ -31,7 +32,7 @@ def test_a_mask_partitions_the_grid(kind):
         assert mask.masked[row].tolist() == sorted(mask.masked[row].tolist())
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", maskers.names())
 def test_the_seed_decides_whatever_the_batch(kind):
     together = make_mask(kind, 0.6, CLIP, [5, 6, 7])
     alone = make_mask(kind, 0.6, CLIP, torch.tensor([6]))

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffmae_video.registry import TaskName
+from diffmae_video.registry import (
+    DecoderName,
+    MaskerName,
+    ObjectiveName,
+    SamplerName,
+    TargetName,
+    TaskName,
+    decoders,
+    objectives,
+    targets,
+)
 
 Stage = Literal["pretrain", "finetune", "evaluate", "render"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -83,7 +93,7 @@ class ModelSettings(Section):
     """Epsilon of the decoder's last LayerNorm where it differs (Hugging Face's VideoMAE: 1e-5)."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the last block, rising linearly from 0."""
-    decoder: Literal["joint", "cross_self", "cross"] = "cross_self"
+    decoder: DecoderName = "cross_self"
     """Decoder kind (paper, Figure 3)."""
     decoder_depth: Count = 4
     """Decoder blocks (the field's habit: 4 for video, 8 for images)."""
@@ -97,9 +107,9 @@ class ModelSettings(Section):
     """Which encoder blocks feed the cross decoders: spread evenly, top-down, or only the last."""
     timestep: Literal["add", "adaln", "none"] = "add"
     """How the diffusion step reaches the decoder; it never reaches the encoder."""
-    objective: Literal["diffmae", "mae", "ddpm"] = "diffmae"
+    objective: ObjectiveName = "diffmae"
     """`mae`: a learned mask token and no timestep; `ddpm`: nothing visible, everything noised."""
-    target: Literal["pixel", "norm_pixel", "noise", "velocity"] = "pixel"
+    target: TargetName = "pixel"
     """What the decoder predicts on masked patches."""
     loss_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the masked tokens that the cross decoder predicts in a training step."""
@@ -126,14 +136,19 @@ class ModelSettings(Section):
             raise ValueError(f"frames = {self.frames} must be 1 or a multiple of tubelet = {self.tubelet}")
         if self.size[0] % self.patch or self.size[1] % self.patch:
             raise ValueError(f"size = {list(self.size)} must be multiples of patch = {self.patch}")
-        if self.loss_tokens < 1 and self.decoder != "cross":
-            raise ValueError("loss_tokens below 1 needs decoder = 'cross': the others let masked tokens see each other")
-        if self.decoder_class and not (self.class_token and self.decoder == "joint"):
+        if self.loss_tokens < 1 and not decoders.fact(self.decoder, "apart", False):
+            apart = " or ".join(repr(name) for name in decoders.names() if decoders.fact(name, "apart", False))
+            raise ValueError(
+                f"loss_tokens below 1 needs decoder = {apart}: the others let masked tokens see each other"
+            )
+        if self.decoder_class and (not self.class_token or decoders.fact(self.decoder, "links", False)):
             raise ValueError("decoder_class needs class_token = true and decoder = 'joint'")
-        if self.objective == "mae" and self.target in ("noise", "velocity"):
-            raise ValueError(f"target = '{self.target}' needs noise, and objective = 'mae' has none")
-        if self.objective == "ddpm" and self.loss_tokens < 1:
-            raise ValueError("loss_tokens below 1 hides tokens from the encoder of objective = 'ddpm'; leave it at 1")
+        if targets.fact(self.target, "noise", False) and not objectives.fact(self.objective, "noise", True):
+            raise ValueError(f"target = '{self.target}' needs noise, and objective = '{self.objective}' has none")
+        if self.loss_tokens < 1 and not objectives.fact(self.objective, "sees", True):
+            raise ValueError(
+                f"loss_tokens below 1 hides tokens from the encoder of objective = '{self.objective}'; leave it at 1"
+            )
         return self
 
 
@@ -157,7 +172,7 @@ class DiffusionSettings(Section):
 class MaskSettings(Section):
     """What is hidden from the encoder in training."""
 
-    kind: Literal["random", "tube", "block", "center", "frames", "future"] = "random"
+    kind: MaskerName = "random"
     """Masker; see diffmae_video.masking."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Fraction of the tokens that is masked."""
@@ -279,8 +294,9 @@ class TrainSettings(Section):
     fp32 elsewhere. Chosen at the first step of a run and kept when it is continued."""
     compile: bool = False
     """Run the training step through torch.compile."""
-    grad_checkpointing: bool = False
-    """Recompute blocks in the backward pass to save memory."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute blocks in the backward pass to save memory; `selective` keeps what matrix products and attention gave
+    and recomputes the rest: less memory saved, for little time."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights per step (less in the first steps); 0 keeps none."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -359,7 +375,7 @@ class RenderSettings(Section):
 
     mask: str = "random:0.75"
     """`KIND[:VALUE]`, a box, or a file; see `diffmae render-inpaint --help`."""
-    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
+    sampler: SamplerName = "ddim"
     """Sampler."""
     steps: Annotated[int, Field(gt=0, le=100_000)] = 3
     """Denoising steps: the fewest within 1% of 1000-step DDPM that also beat the first step in features

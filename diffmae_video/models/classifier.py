@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from diffmae_video.models.checkpointing import Checkpointing
 from diffmae_video.models.encoder import Encoder, drop_path_rates
 from diffmae_video.models.layers import seeded
 
@@ -129,6 +130,6 @@ class Classifier(nn.Module):
         return groups
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass."""
+    def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
+        """Recompute blocks in the backward pass, or with `selective` what is cheap in them."""
         self.encoder.set_grad_checkpointing(enable)

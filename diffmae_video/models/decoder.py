@@ -6,23 +6,48 @@ P = t * p * p * C values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffmae_video.config import ModelSettings
-from diffmae_video.masking import GridShape
-from diffmae_video.models.fused import Linear, Mlp
+from diffmae_video.masking import Mask
+from diffmae_video.models.checkpointing import Checkpointing, run_block
+from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.layers import (
+    AdaLN,
     CrossAttention,
     Positions,
-    SelfAttention,
     TimestepEmbedding,
+    attention_mask,
     initialize,
 )
 from diffmae_video.models.patches import gather_tokens
+from diffmae_video.registry import decoders
+
+
+class Encoding(NamedTuple):
+    """What the decoder needs of the visible patches; it is the same at every diffusion step."""
+
+    mask: Mask
+    latents: Tensor
+    """(B, V, D) after the last norm, class token first where there is one."""
+    features: dict[int, Tensor]
+    """Outputs (B, V, D) of the linked encoder blocks."""
+    valid: Tensor | None
+    """bool like the tokens of `latents`, False on padding."""
+
+    def repeat_interleave(self, times: int) -> Encoding:
+        """Every sample `times` times in a row."""
+        return Encoding(
+            self.mask.repeat_interleave(times),
+            self.latents.repeat_interleave(times, 0),
+            {block: feature.repeat_interleave(times, 0) for block, feature in self.features.items()},
+            None if self.valid is None else self.valid.repeat_interleave(times, 0),
+        )
 
 
 def link_blocks(links: str, encoder_depth: int, decoder_depth: int) -> list[int]:
@@ -36,61 +61,101 @@ def link_blocks(links: str, encoder_depth: int, decoder_depth: int) -> list[int]
     return [encoder_depth - 1 - i * encoder_depth // decoder_depth for i in range(decoder_depth)]
 
 
-class DecoderBlock(nn.Module):
-    """Cross-attention to the visible tokens, self-attention among the decoder's, MLP; each part pre-normed.
+# --- kinds of blocks -------------------------------------------------------------------------------------------------
+#
+# A new kind is one class under a name of `registry.decoders`, built as Block(model, context_width, adaln) and called as
+# block(x, context, attn_mask, context_mask, condition): x (B, L, E), context (B, K, D), masks of what is attended to in
+# x (B, 1, 1, L) and context (B, 1, 1, K) or None, condition (B, E) or None -> (B, L, E). Facts at registration:
+# `links`, the block reads the visible tokens as context and x holds the masked ones alone (without it, x is all tokens
+# in one sequence, and context None); `apart`, no token of x reads another, so that a subset may be predicted.
 
-    `joint` has no cross-attention (the visible tokens sit in the sequence), `cross` no self-attention. With `adaln`
-    every part is shifted, scaled and gated by the timestep, the gates zero at first (DiT, arXiv 2212.09748).
-    """
+
+@decoders.register("joint")
+class JointBlock(nn.Module):
+    """Self-attention among visible and masked tokens, as in MAE."""
+
+    def __init__(self, model: ModelSettings, context_width: int, adaln: bool) -> None:
+        super().__init__()
+        width, eps = model.decoder_width, model.layer_norm_eps
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, model.decoder_heads, qkv_bias=model.qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * model.mlp_ratio))
+        self.modulation = AdaLN(width, parts=2) if adaln else None
+
+    def forward(
+        self, x: Tensor, context: None, attn_mask: Tensor | None, context_mask: None, condition: Tensor | None
+    ) -> Tensor:
+        """x (B, V + M, E)."""
+        if self.modulation is None:
+            x = x + self.attn(self.norm1(x), attn_mask)
+            return x + self.mlp(self.norm2(x))
+        one, two = self.modulation(condition)
+        x = x + one.gate * self.attn(one(self.norm1(x)), attn_mask)
+        return x + two.gate * self.mlp(two(self.norm2(x)))
+
+
+@decoders.register("cross_self", links=True)
+class CrossSelfBlock(nn.Module):
+    """Cross-attention to the visible tokens, then self-attention among the masked ones."""
 
     def __init__(self, model: ModelSettings, context_width: int, adaln: bool) -> None:
         super().__init__()
         width, heads, eps = model.decoder_width, model.decoder_heads, model.layer_norm_eps
-        self.parts = 0
-        self.cross_attn = self.attn = None
-        if model.decoder != "joint":
-            self.context_norm = nn.LayerNorm(context_width, eps=eps)
-            self.norm0 = nn.LayerNorm(width, eps=eps)
-            self.cross_attn = CrossAttention(width, context_width, heads, model.qkv_bias)
-            self.parts += 1
-        if model.decoder != "cross":
-            self.norm1 = nn.LayerNorm(width, eps=eps)
-            self.attn = SelfAttention(width, heads, model.qkv_bias)
-            self.parts += 1
+        self.context_norm = nn.LayerNorm(context_width, eps=eps)
+        self.norm0 = nn.LayerNorm(width, eps=eps)
+        self.cross_attn = CrossAttention(width, context_width, heads, model.qkv_bias)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, qkv_bias=model.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * model.mlp_ratio))
-        self.parts += 1
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width * self.parts)) if adaln else None
+        self.modulation = AdaLN(width, parts=3) if adaln else None
 
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None,
-        valid: Tensor | None,
-        context_valid: Tensor | None,
+        context: Tensor,
+        attn_mask: Tensor | None,
+        context_mask: Tensor | None,
         condition: Tensor | None,
-        last: int | None = None,
     ) -> Tensor:
-        """x (B, L, E) with context (B, K, D) and condition (B, E) -> (B, L, E), or the `last` tokens of it."""
-        parts = iter(self.modulation(condition)[:, None].chunk(self.parts, 2) if self.modulation else [None] * 3)
-        if self.cross_attn is not None:
+        """x (B, M, E), context (B, V, D)."""
+        context = self.context_norm(context)
+        if self.modulation is None:
+            x = x + self.cross_attn(self.norm0(x), context, context_mask)
+            x = x + self.attn(self.norm1(x), attn_mask)
+            return x + self.mlp(self.norm2(x))
+        one, two, three = self.modulation(condition)
+        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask)
+        x = x + two.gate * self.attn(two(self.norm1(x)), attn_mask)
+        return x + three.gate * self.mlp(three(self.norm2(x)))
 
-            def cross(y: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-                return self.cross_attn(y, context, norm, self.context_norm, context_valid)
 
-            x = _residual(x, self.norm0, cross, next(parts))
-        if self.attn is not None:
-            x = _residual(x, self.norm1, lambda y, norm: self.attn(y, norm, valid, last), next(parts))
-        return _residual(x, self.norm2, self.mlp, next(parts))
+@decoders.register("cross", links=True, apart=True)
+class CrossBlock(nn.Module):
+    """Cross-attention to the visible tokens alone (CrossMAE)."""
 
+    def __init__(self, model: ModelSettings, context_width: int, adaln: bool) -> None:
+        super().__init__()
+        width, eps = model.decoder_width, model.layer_norm_eps
+        self.context_norm = nn.LayerNorm(context_width, eps=eps)
+        self.norm0 = nn.LayerNorm(width, eps=eps)
+        self.cross_attn = CrossAttention(width, context_width, model.decoder_heads, model.qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * model.mlp_ratio))
+        self.modulation = AdaLN(width, parts=2) if adaln else None
 
-def _residual(x: Tensor, norm: nn.LayerNorm, part: Callable[..., Tensor], modulation: Tensor | None) -> Tensor:
-    if modulation is None:
-        y = part(x, norm)
-    else:
-        shift, scale, gate = modulation.chunk(3, 2)  # (B, 1, E) each
-        y = gate * part(norm(x) * (1 + scale) + shift, None)
-    return x[:, x.shape[1] - y.shape[1] :] + y  # a part may return the last tokens alone
+    def forward(
+        self, x: Tensor, context: Tensor, attn_mask: None, context_mask: Tensor | None, condition: Tensor | None
+    ) -> Tensor:
+        """x (B, M, E), context (B, V, D)."""
+        context = self.context_norm(context)
+        if self.modulation is None:
+            x = x + self.cross_attn(self.norm0(x), context, context_mask)
+            return x + self.mlp(self.norm2(x))
+        one, two = self.modulation(condition)
+        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask)
+        return x + two.gate * self.mlp(two(self.norm2(x)))
 
 
 class Decoder(nn.Module):
@@ -98,51 +163,32 @@ class Decoder(nn.Module):
 
     Args:
         model: kind, size and links.
-        encoder_width: D.
-        encoder_depth: blocks of the encoder, for the links.
-        shape: native grid (T/t, H/p, W/p).
+        encoder: whose tokens it reads.
         outputs: values predicted per token.
         inputs: values of a noisy patch; None for a decoder of mask tokens only.
         timestep: `add`, `adaln` or `none`.
     """
 
-    def __init__(
-        self,
-        model: ModelSettings,
-        encoder_width: int,
-        encoder_depth: int,
-        shape: GridShape,
-        outputs: int,
-        inputs: int | None,
-        timestep: str,
-    ) -> None:
+    def __init__(self, model: ModelSettings, encoder: Encoder, outputs: int, inputs: int | None, timestep: str) -> None:
         super().__init__()
-        width = model.decoder_width
-        self.kind, self.timestep = model.decoder, timestep
-        self.links = link_blocks(model.links, encoder_depth, model.decoder_depth)
-        self.noisy_embed = None if inputs is None else Linear(inputs, width)
+        width, depth = model.decoder_width, model.decoder_depth
+        linked = decoders.fact(model.decoder, "links", False)
+        self.links = link_blocks(model.links, encoder.depth, depth) if linked else []
+        self.timestep = timestep
+        self.noisy_embed = None if inputs is None else nn.Linear(inputs, width)
         # among visible tokens a learned vector marks the masked ones; alone, it would be one more bias (D8)
-        marked = inputs is None or model.decoder == "joint"
+        marked = inputs is None or not linked
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if marked else None
-        self.latent_embed = Linear(encoder_width, width) if model.decoder == "joint" else None
+        self.latent_embed = None if linked else nn.Linear(encoder.width, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
-        self.positions = Positions(model.positions, shape, width, model.position_period)
+        self.positions = Positions(model.positions, encoder.shape, width, model.position_period)
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
-        self.blocks = nn.ModuleList(
-            DecoderBlock(model, encoder_width, timestep == "adaln") for _ in range(model.decoder_depth)
-        )
+        block = decoders.get(model.decoder)
+        self.blocks = nn.ModuleList(block(model, encoder.width, timestep == "adaln") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=model.decoder_norm_eps or model.layer_norm_eps)
-        self.head = Linear(width, outputs)
-        self.grad_checkpointing = False
-        self.apply(initialize)
-        if self.noisy_embed is not None:  # noise must not drown the positions, by which masked tokens find visible ones
-            nn.init.xavier_uniform_(self.noisy_embed.weight, gain=0.1)
-        for token in (self.mask_token, self.cls_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-        for block in self.blocks:
-            if block.modulation is not None:
-                nn.init.zeros_(block.modulation[1].weight)
+        self.head = nn.Linear(width, outputs)
+        self.checkpointing: Checkpointing = False
+        initialize(self)
 
     def forward(
         self,
@@ -150,11 +196,7 @@ class Decoder(nn.Module):
         timestep: Tensor | None,
         index: Tensor,
         valid: Tensor | None,
-        shape: GridShape,
-        latents: Tensor,
-        features: dict[int, Tensor],
-        visible: Tensor,
-        visible_valid: Tensor | None,
+        encoding: Encoding,
     ) -> Tensor:
         """Predictions (B, M, outputs).
 
@@ -163,48 +205,42 @@ class Decoder(nn.Module):
             timestep: (B,) 0-based diffusion steps, or None.
             index: int64 (B, M) places of the masked tokens.
             valid: bool (B, M), False on padding.
-            shape: grid (T/t, H/p, W/p).
-            latents: (B, V, D) the encoder's output, class token first where it has one.
-            features: outputs (B, V, D) of the encoder blocks in `links`.
-            visible: int64 (B, V) places of the visible tokens.
-            visible_valid: bool like latents' tokens, False on padding.
+            encoding: of the visible tokens.
         """
-        positions = self.positions(shape)  #                               (1, N, E)
+        positions = self.positions(encoding.mask.shape)  #                 (1, N, E)
         x = gather_tokens(positions, index)  #                             (B, M, E)
         if self.mask_token is not None:
             x = x + self.mask_token
         if self.noisy_embed is not None:
             x = x + self.noisy_embed(noisy)
         condition = None if self.time_embed is None else self.time_embed(timestep)  # (B, E)
-        if self.timestep == "add":
+        if self.timestep == "add" and condition is not None:
             x = x + condition[:, None]
             condition = None
         masked = x.shape[1]
         if self.latent_embed is not None:
-            seen = self.latent_embed(latents)  #                           (B, V, E)
-            classes = latents.shape[1] - visible.shape[1]  #               1 with a class token, which has no place
-            places = gather_tokens(positions, visible)
-            if classes:
-                places = nn.functional.pad(places, (0, 0, classes, 0))
-            if self.cls_token is not None:
-                seen = torch.cat([self.cls_token.expand(len(seen), -1, -1).to(seen.dtype), seen[:, 1:]], 1)
-            x = torch.cat([seen + places, x], 1)  #                        (B, V + M, E)
-            valid = _join(visible_valid, valid, seen, masked)
-        for number, (block, link) in enumerate(zip(self.blocks, self.links, strict=True), 1):
-            context = None if block.cross_attn is None else features[link]  # (B, V, D)
-            # nobody reads what the last joint block makes of visible tokens
-            last = masked if self.latent_embed is not None and number == len(self.blocks) else None
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, context, valid, visible_valid, condition, last, use_reentrant=False)
-            else:
-                x = block(x, context, valid, visible_valid, condition, last)
-        return self.head(x, self.norm)  #                                  (B, M, outputs)
+            x, valid = self._join(self._seen(encoding, positions), x, encoding.valid, valid)  # (B, V + M, E)
+        attn_mask, context_mask = attention_mask(valid), attention_mask(encoding.valid)
+        contexts = [encoding.features[link] for link in self.links] or [None] * len(self.blocks)  # (B, V, D) each
+        for block, context in zip(self.blocks, contexts, strict=True):
+            x = run_block(block, self.checkpointing, x, context, attn_mask, context_mask, condition)
+        return self.head(self.norm(x[:, -masked:]))  #                     (B, M, outputs)
 
+    def _seen(self, encoding: Encoding, positions: Tensor) -> Tensor:
+        """Visible tokens in the decoder's width, at their places (B, V, E); a class token has none."""
+        assert self.latent_embed is not None
+        seen = self.latent_embed(encoding.latents)
+        places = gather_tokens(positions, encoding.mask.visible)
+        places = F.pad(places, (0, 0, seen.shape[1] - places.shape[1], 0))
+        if self.cls_token is not None:
+            seen = torch.cat([self.cls_token.expand(len(seen), -1, -1).to(seen.dtype), seen[:, 1:]], 1)
+        return seen + places
 
-def _join(visible_valid: Tensor | None, valid: Tensor | None, seen: Tensor, masked: int) -> Tensor | None:
-    if visible_valid is None and valid is None:
-        return None
-    ones = torch.ones(len(seen), seen.shape[1] + masked, dtype=torch.bool, device=seen.device)
-    left = ones[:, : seen.shape[1]] if visible_valid is None else visible_valid
-    right = ones[:, seen.shape[1] :] if valid is None else valid
-    return torch.cat([left, right], 1)
+    @staticmethod
+    def _join(seen: Tensor, x: Tensor, seen_valid: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Visible and masked tokens in one sequence, and which of them are real."""
+        if seen_valid is not None or valid is not None:
+            seen_valid = seen.new_ones(seen.shape[:2], dtype=torch.bool) if seen_valid is None else seen_valid
+            valid = x.new_ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
+            valid = torch.cat([seen_valid, valid], 1)
+        return torch.cat([seen, x], 1), valid

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffmae_video.config import ModelSettings
-from diffmae_video.models.layers import Block, Positions, initialize, seeded
+from diffmae_video.models.checkpointing import Checkpointing, run_block
+from diffmae_video.models.layers import Block, Positions, attention_mask, initialize, seeded
 from diffmae_video.models.patches import gather_tokens, grid_shape, patchify
 from diffmae_video.models.presets import resolve
 
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         self.num_features = self.embed_dim = width  # timm's names
         self.tubelet, self.patch = model.tubelet, model.patch
         self.shape = grid_shape(model.frames, *model.size, model.tubelet, model.patch)
-        self.grad_checkpointing = False
+        self.checkpointing: Checkpointing = False
         with seeded(seed):
             self.patch_embed = PatchEmbed(width, model.tubelet, model.patch)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.class_token else None
@@ -63,9 +63,7 @@ class Encoder(nn.Module):
                 Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
             )
             self.norm = nn.LayerNorm(width, eps=model.encoder_norm_eps or model.layer_norm_eps)
-            self.apply(initialize)
-            if self.cls_token is not None:
-                nn.init.normal_(self.cls_token, std=0.02)
+            initialize(self)
 
     def forward(
         self, clips: Tensor, visible: Tensor | None = None, valid: Tensor | None = None, norm: bool = True
@@ -134,12 +132,10 @@ class Encoder(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
             valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+        attn_mask = attention_mask(valid)
         features: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, valid, use_reentrant=False)
-            else:
-                x = block(x, valid)
+            x = run_block(block, self.checkpointing, x, attn_mask)
             if number in keep:
                 features[number] = x
         return self.norm(x) if norm else x, features
@@ -164,6 +160,6 @@ class Encoder(nn.Module):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass (timm's name)."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
+        """Recompute blocks in the backward pass, or with `selective` what is cheap in them (timm's name)."""
+        self.checkpointing = enable

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 
 from diffmae_video.masking import GridShape
-from diffmae_video.models.attention import attend
-from diffmae_video.models.fused import Linear, Mlp
 
 
 @contextmanager
@@ -27,73 +26,80 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def initialize(module: nn.Module) -> None:
-    """MAE's initialisation, for `Module.apply`: Xavier-uniform matrices, zero biases, identity LayerNorms."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
-        nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-        if module.bias is not None:
+def initialize(model: nn.Module) -> None:
+    """All first weights of an encoder or decoder but those of learned positions, drawn in the order of its modules.
+
+    MAE's: Xavier-uniform matrices, zero biases, identity LayerNorms, tokens of deviation 0.02. Gates of adaLN are zero.
+    Noise must not drown the positions, by which masked tokens find visible ones: its embedding is a tenth.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+    parts = dict(model.named_children())
+    if isinstance(noisy_embed := parts.get("noisy_embed"), nn.Linear):
+        nn.init.xavier_uniform_(noisy_embed.weight, gain=0.1)
+    for name, parameter in model.named_parameters(recurse=False):
+        if name in ("mask_token", "cls_token"):
+            nn.init.normal_(parameter, std=0.02)
+    for module in model.modules():
+        if isinstance(module, AdaLN):
+            nn.init.zeros_(module.project.weight)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with timm's parameter names."""
+class Modulation(NamedTuple):
+    """How the timestep changes a part of a block; each (B, 1, D)."""
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = Linear(width, width)
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
 
-    def forward(
-        self, x: Tensor, norm: nn.LayerNorm | None = None, valid: Tensor | None = None, last: int | None = None
-    ) -> Tensor:
-        """Attend among x (B, L, D).
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normed tokens (B, L, D), scaled and shifted."""
+        return x * (1 + self.scale) + self.shift
 
-        Args:
-            x: tokens.
-            norm: of the tokens, before anything else.
-            valid: bool (B, L), False on tokens that are not attended to.
-            last: how many of the last tokens ask; all by default.
 
-        Returns:
-            (B, L or last, D).
-        """
-        if last is None:
-            q, k, v = self.qkv(x, norm).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
-        else:
-            x, width = x if norm is None else norm(x), x.shape[2]
-            bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((width, 2 * width))
-            weight = self.qkv.weight.split((width, 2 * width))
-            q = F.linear(x[:, -last:], weight[0], bias[0]).unflatten(2, (self.heads, -1))
-            k, v = F.linear(x, weight[1], bias[1]).unflatten(2, (2, self.heads, -1)).unbind(2)
-        return self.proj(attend(q, k, v, valid))
+class AdaLN(nn.Sequential):
+    """A `Modulation` for each part of a block from the timestep's embedding (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, 3 * width * parts))
+        self.parts = parts
+
+    @property
+    def project(self) -> nn.Linear:
+        """The layer that is zero at first."""
+        layer = self[1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, condition: Tensor | None) -> list[Modulation]:
+        """condition (B, D)."""
+        parts = super().forward(condition)[:, None].chunk(self.parts, 2)  # (B, 1, 3 * D) each
+        return [Modulation(*part.chunk(3, 2)) for part in parts]
 
 
 class CrossAttention(nn.Module):
-    """Queries from one stream, keys and values from a context of another width."""
+    """Queries from one stream, keys and values from a context of another width; named as timm's `Attention`."""
 
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.heads = heads
-        self.q = Linear(width, width, bias=qkv_bias)
-        self.kv = Linear(context_width, 2 * width, bias=qkv_bias)
-        self.proj = Linear(width, width)
+        self.num_heads = heads
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.kv = nn.Linear(context_width, 2 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor,
-        norm: nn.LayerNorm | None = None,
-        context_norm: nn.LayerNorm | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, L, D) attends to context (B, K, context width), where valid (B, K); both normed first."""
-        q = self.q(x, norm).unflatten(2, (self.heads, -1))  #                 (B, L, heads, D/heads)
-        k, v = self.kv(context, context_norm).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, K, heads, D/heads) each
-        return self.proj(attend(q, k, v, valid))  #                           (B, L, D)
+    def forward(self, x: Tensor, context: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) attends to context (B, K, context width), where attn_mask (B, 1, 1, K): (B, L, D)."""
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  #                (B, heads, L, D/heads)
+        kv = self.kv(context).unflatten(2, (2, self.num_heads, -1))  #                     (B, K, 2, heads, D/heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  #                                      (B, heads, K, D/heads) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -110,15 +116,20 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = SelfAttention(width, heads, qkv_bias)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
-        x = x + self.drop_path(self.attn(x, self.norm1, valid))
-        return x + self.drop_path(self.mlp(x, self.norm2))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), attending where attn_mask (B, 1, 1, L) -> (B, L, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), attn_mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def attention_mask(valid: Tensor | None) -> Tensor | None:
+    """Which tokens are attended to, valid (B, K), as attention reads it: bool (B, 1, 1, K); None for all."""
+    return None if valid is None else valid[:, None, None, :]
 
 
 # --- positions ------------------------------------------------------------------------------------------------------

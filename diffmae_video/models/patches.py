@@ -7,7 +7,6 @@ one tubelet by repetition.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PIXEL_NORMS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -95,16 +94,8 @@ def pixel_bounds(pixel_norm: str, values: int) -> tuple[Tensor, Tensor]:
     return ((0 - mean) / std).repeat(values // 3), ((1 - mean) / std).repeat(values // 3)
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Patch vectors (B, N, P) by their own mean and unbiased variance + 1e-6 (MAE), in one pass of LayerNorm.
-
-    LayerNorm divides by the biased deviation; the factor between the two, also inside epsilon, makes them equal.
-    """
-    factor = (patches.shape[-1] - 1) / patches.shape[-1]
-    scale = patches.new_full(patches.shape[-1:], factor**0.5)
-    return F.layer_norm(patches, patches.shape[-1:], scale, eps=1e-6 * factor)
-
-
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """What `normalize_patches` subtracts and divides by: two (B, N, 1)."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over tokens (B,) of values (B, K), where valid (B, K)."""
+    if valid is None:
+        return values.mean(1)
+    return (values * valid).sum(1) / valid.sum(1).clamp(min=1)

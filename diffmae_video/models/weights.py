@@ -139,7 +139,11 @@ def build_model(description: dict[str, Any]) -> DiffMAE | Classifier:
     if description["kind"] == "classifier":
         model: DiffMAE | Classifier = Classifier(Encoder(settings), **description["classifier"])
     elif description["kind"] == "diffmae":
+        if settings.teacher is not None and settings.teacher.width is None:
+            raise ValueError("its teacher has no width, which every saved model tells")
         model = DiffMAE(settings, DiffusionSettings.model_validate(description["diffusion"]))
+        if model.feature_decoder is not None:  # a description may not name what is loaded or run
+            model.feature_decoder.detached = True
     else:
         raise ValueError(f"kind {description['kind']!r} is not one of diffmae, classifier")
     model.info = dict(description.get("info", {}))

@@ -27,7 +27,8 @@ from diffmae_video.mask_text import (
     read_mask_text,
     region_of,
 )
-from diffmae_video.masking import DEFAULT_RATIOS, make_mask
+from diffmae_video.masking import make_mask
+from diffmae_video.registry import maskers
 from diffmae_video.rendering.drawn import FrameMask, read_mask_file
 
 
@@ -113,7 +114,7 @@ def cells_to_pixels(cells: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _read(text: str, shape: ClipShape, notes: list[str]) -> FrameMask:
     try:
-        found = read_mask_text(text, shape.extent, DEFAULT_RATIOS)
+        found = read_mask_text(text, shape.extent)
         if isinstance(found, Region):
             return _region(found, shape)
         if isinstance(found, Generated):
@@ -122,7 +123,7 @@ def _read(text: str, shape: ClipShape, notes: list[str]) -> FrameMask:
         raise UsageError(f"--mask {text}: {error}.") from error
     if Path(text).exists():
         return read_mask_file(Path(text), shape.extent, notes)
-    if all(part.partition(":")[0] in DEFAULT_RATIOS for part in text.split(",")):
+    if all(part.partition(":")[0] in maskers.names() for part in text.split(",")):
         raise UsageError(f"--mask {text}: give each mask its own --mask; their union counts.")
     if "/" in text or re.search(r"\.[a-z]\w*$", text.lower()):  # box:... and ratios end in digits
         raise UsageError(f"--mask {text}: there is no such file; check the path.")

@@ -73,7 +73,7 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSetti
     from torch.utils.flop_counter import FlopCounterMode
 
     if train.grad_checkpointing and hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(train.grad_checkpointing)
     optimizer = build_optimizer(model, train)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     average = MovingAverage(trained, train.ema) if train.ema else None

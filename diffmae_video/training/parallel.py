@@ -20,7 +20,7 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
     FSDP2 shards every block of the encoder and decoder (any child of a ModuleList) and then the rest, in place.
     """
     if train.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(train.grad_checkpointing)
     wrapped: nn.Module = model
     if distributed.world > 1 and train.sharding == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh

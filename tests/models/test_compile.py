@@ -11,7 +11,7 @@ import torch
 from diffmae_video.config import ModelSettings, TeacherSettings
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.targets import ImageTeacher
+from diffmae_video.models.teachers import ImageTeacher
 
 SMALL = {"preset": "nano", "width": 32, "depth": 2, "heads": 2, "frames": 4, "size": (32, 32), "patch": 8}
 SMALL |= {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2}
@@ -22,6 +22,7 @@ CHOICES = {
     "ddpm": {"objective": "ddpm"},
     "class token": {"class_token": True, "positions": "learned", "decoder": "joint", "timestep": "none"},
     "checkpointing": {},
+    "selective": {},
     "teacher": {"teacher": TeacherSettings(source="local", name="nothing:here", depth=1), "decoder": "cross"},
 }
 
@@ -39,7 +40,7 @@ def test_one_graph(choice):
     torch._dynamo.reset()
     teacher = image_teacher() if choice == "teacher" else None
     net = DiffMAE(ModelSettings(**SMALL | CHOICES[choice]), teacher=teacher).train()
-    net.set_grad_checkpointing(choice == "checkpointing")
+    net.set_grad_checkpointing("selective" if choice == "selective" else choice == "checkpointing")
     mask, clips = make_mask("random", 0.75, (2, 4, 4), [0, 1]), torch.randn(2, 3, 4, 32, 32).clamp(-1, 1)
     draw, results = net.draw([1, 2], mask), []
     for step in (net, torch.compile(net, backend="eager", fullgraph=True)):  # an error at the first graph break

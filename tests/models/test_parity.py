@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from diffmae_video.diffusion.targets import normalize_patches, patch_statistics
 from diffmae_video.masking import Mask
 from diffmae_video.models.importers import import_weights
-from diffmae_video.models.patches import normalize_patches, patch_statistics, patchify
+from diffmae_video.models.patches import patchify
 
 VIT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192, "patch_size": 8}
 DECODER = {

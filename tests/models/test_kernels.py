@@ -1,4 +1,4 @@
-"""Attention in blocks against SDPA, and what it holds in memory."""
+"""Attention in blocks against SDPA, what it holds in memory, and a model that it is swapped into."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmae_video.models import attention
-from diffmae_video.models.attention import attend, blocked_attention
+from diffmae_video.config import ModelSettings
+from diffmae_video.masking import Mask, make_mask
+from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.kernels import attention, use_cpu_bf16
+from diffmae_video.models.kernels.attention import blocked_attention
 
 SHAPES = [(2, 3, 37, 37, 8), (1, 2, 64, 9, 4), (3, 1, 5, 70, 16)]  # B, H, L, K, d
 SHAPE_NAMES = ["self", "cross, few keys", "cross, few queries"]
@@ -54,7 +57,7 @@ def test_bf16_is_as_close_to_the_truth_as_unfused_attention(shape, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 10_000)
     inputs = random_inputs(shape, torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    ours = gradients(lambda q, k, v: attend(q, k, v).unflatten(2, (q.shape[2], -1)), *inputs)
+    ours = gradients(blocked_attention, *inputs)
     for mine, plain, true in zip(ours, gradients(unfused, *inputs), gradients(sdpa, *exact), strict=True):
         errors = [float((x.double() - true).norm() / true.norm()) for x in (mine, plain)]
         assert errors[0] < 1.3 * errors[1] < 0.03
@@ -94,11 +97,44 @@ def test_no_matrix_of_all_scores(monkeypatch):
     assert 2**12 <= seen.numel <= 2**13  # of 2^18 scores
 
 
-def test_masked_keys_and_other_types_go_to_sdpa():
-    q, k, v, _ = (x.detach() for x in random_inputs(SHAPES[0], torch.float32))
-    valid = torch.ones(2, 37, dtype=torch.bool)
-    valid[:, 30:] = False
-    expected = attend(q, k[:, :30], v[:, :30])
-    torch.testing.assert_close(attend(q, k, v, valid), expected)
-    narrow = [x.bfloat16() for x in (q, k, v)]
-    torch.testing.assert_close(attend(*narrow, valid).float(), expected, atol=0.05, rtol=0.05)
+def run(net: DiffMAE, mask: Mask, precision: torch.dtype) -> list[torch.Tensor]:
+    """Loss and gradients of a training step."""
+    net.zero_grad()
+    clips = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = net(clips, mask, net.draw([1, 2], mask)).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
+
+
+def model(**changes) -> DiffMAE:
+    """A small model."""
+    fields = {"preset": "nano", "width": 32, "depth": 2, "heads": 2, "frames": 4, "size": (32, 32), "patch": 8}
+    return DiffMAE(ModelSettings(**fields | {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 1} | changes))
+
+
+@pytest.mark.parametrize("decoder", ["joint", "cross_self", "cross"])
+def test_a_model_with_it_learns_the_same_and_keeps_its_names(decoder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "blocked_attention", lambda *qkv: calls.append(len(qkv)) or blocked_attention(*qkv))
+    net, mask = model(decoder=decoder), make_mask("random", 0.75, (2, 4, 4), [0, 1])
+    names, plain, exact = list(net.state_dict()), run(net, mask, torch.bfloat16), run(net, mask, torch.float32)
+    use_cpu_bf16(net)
+    assert list(net.state_dict()) == names
+    assert not calls
+    swapped = run(net, mask, torch.bfloat16)
+    assert len(calls) == (4 if decoder == "cross_self" else 3)  # every attention of two blocks and one
+    for ours, theirs, true in zip(swapped, plain, exact, strict=True):
+        errors = [float((value - true).norm()) for value in (ours, theirs)]
+        assert errors[0] < 1.5 * errors[1] + 1e-3 * float(true.norm()) + 1e-6
+    again = run(net, mask, torch.float32)  # other types go the way they went
+    assert all(torch.equal(one, two) for one, two in zip(again, exact, strict=True))
+
+
+def test_masked_keys_go_the_way_they_went():
+    grid = torch.zeros(2, 32, dtype=torch.bool)
+    grid[0, 3:20], grid[1, ::4] = True, True
+    net, mask = model(), Mask.from_grid(grid, (2, 4, 4))
+    plain = run(net, mask, torch.bfloat16)
+    use_cpu_bf16(net)
+    assert all(torch.equal(one, two) for one, two in zip(run(net, mask, torch.bfloat16), plain, strict=True))

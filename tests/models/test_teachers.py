@@ -16,10 +16,12 @@ from diffmae_video.config import ModelSettings, TeacherSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.targets import ImageTeacher, load_teacher
+from diffmae_video.models.teachers import ImageTeacher, load_teacher
 from diffmae_video.models.weights import load_model, save_model
+from diffmae_video.registry import teachers
 
 
+@teachers.register("tiny_vit")
 def tiny_vit() -> ImageTeacher:
     """A timm ViT with a class token on 24 x 24 pixels: its 3 x 3 grid differs from the model's 4 x 4."""
     torch.manual_seed(0)
@@ -32,7 +34,7 @@ def tiny_vit() -> ImageTeacher:
 
 def settings(**changes) -> ModelSettings:
     """A small model with a teacher from this module."""
-    teacher = TeacherSettings(source="local", name=f"{__name__}:tiny_vit", depth=1)
+    teacher = TeacherSettings(source="local", name="tiny_vit", depth=1)
     fields = {"width": 32, "depth": 2, "heads": 2, "frames": 4, "size": (32, 32), "patch": 8, "teacher": teacher}
     fields |= {"preset": "nano", "decoder_width": 32, "decoder_heads": 2, "decoder_depth": 1}
     return ModelSettings(**{**fields, **changes})
@@ -53,7 +55,7 @@ def test_feature_loss_adds_to_the_pixel_loss(decoder, tmp_path):
     assert all(p.grad is None for p in teacher.parameters())
     assert not any("network" in name for name in net.state_dict())
     save_model(net, tmp_path)
-    again = load_model(tmp_path)  # the teacher's module cannot be imported by this name here, and need not be
+    again = load_model(tmp_path)  # without its teacher, whose name a file may not use
     assert torch.equal(again.feature_decoder.decoder.head.weight, net.feature_decoder.decoder.head.weight)
 
 

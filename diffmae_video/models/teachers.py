@@ -1,31 +1,22 @@
-"""Frozen teachers, and the second decoder that predicts their token features (DiffMAE's CLIP target).
+"""Frozen networks whose token features a second decoder predicts.
 
-The paper's teacher, layer and loss are not public; our choice: last-layer patch tokens, layer-normalised, and squared
-error.
-Letters: B batch, C channels, T H W frames and pixels, t tubelet, N tokens, K predicted tokens, F teacher width.
+Letters: B batch, C channels, H W pixels, F teacher width.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmae_video.config import ModelSettings, TeacherSettings
+from diffmae_video import registry
+from diffmae_video.config import TeacherSettings
 from diffmae_video.errors import UsageError
-from diffmae_video.models.decoder import Decoder
-from diffmae_video.models.encoder import Encoder
-from diffmae_video.models.layers import seeded
-from diffmae_video.models.patches import PIXEL_NORMS, gather_tokens
 from diffmae_video.models.tensors import read_tensors, tensor_problems
-
-if TYPE_CHECKING:
-    from diffmae_video.models.diffmae import Encoding
 
 
 class ImageTeacher(nn.Module):
@@ -75,17 +66,20 @@ class ImageTeacher(nn.Module):
 
 
 def load_teacher(settings: TeacherSettings) -> Any:
-    """Build the teacher a recipe names: timm or open_clip by name, or a local callable that returns one.
+    """Build the teacher a recipe names: of timm or open_clip, or one that is registered (`registry.teachers`).
+
+    A registered teacher is a function without arguments that returns the module. Another package adds one through an
+    entry point of the group `diffmae_video.teachers`, a script by `@teachers.register(name)`; settings name no code.
 
     Raises:
         UsageError: the library is missing, the name is unknown, its weights cannot be had or do not fit, or the
-            callable returns something else.
+            function returns something else.
         DataError: `model.teacher.checkpoint` is damaged or holds more than tensors.
     """
     make, hint = {
         "timm": (_timm_teacher, "give a timm name, and offline model.teacher.checkpoint"),
         "open_clip": (_open_clip_teacher, "write it as NAME:TAG, or give model.teacher.checkpoint"),
-        "local": (_local_teacher, "write it as package.module:callable"),
+        "local": (_local_teacher, "give the name of an entry point of diffmae_video.teachers"),
     }[settings.source]
     try:
         return make(settings)
@@ -129,10 +123,9 @@ def _open_clip_teacher(settings: TeacherSettings) -> ImageTeacher:
 
 
 def _local_teacher(settings: TeacherSettings) -> nn.Module:
-    module, _, attribute = settings.name.partition(":")
-    teacher = getattr(importlib.import_module(module), attribute)()
+    teacher = registry.teachers.get(settings.name)()
     if not isinstance(teacher, nn.Module) or not hasattr(teacher, "width"):
-        raise TypeError("it did not return an ImageTeacher or another module with .width, see models/targets.py")
+        raise TypeError("it did not return an ImageTeacher or another module with .width, see models/teachers.py")
     _load(getattr(teacher, "network", teacher), settings.checkpoint)
     return teacher
 
@@ -155,63 +148,3 @@ def _load(network: nn.Module, checkpoint: str | None, prefix: str = "") -> None:
             f"model.teacher.checkpoint = {checkpoint} does not fit: {'; '.join(problems)}; give the teacher's own."
         )
     network.load_state_dict(tensors)
-
-
-class FeatureDecoder(nn.Module):
-    """A decoder of mask tokens whose targets are a frozen teacher's features at the masked places.
-
-    The teacher sees the first frame of every tubelet. It is held outside the module tree: it is neither trained nor
-    saved with the model, and a loaded model only loads it when a loss is asked for.
-    """
-
-    def __init__(self, model: ModelSettings, encoder: Encoder, teacher: Any, seed: int) -> None:
-        super().__init__()
-        self.settings, self.model = model.teacher, model
-        self._teacher = [teacher] if teacher is not None else []
-        width = self.teacher.width if model.teacher.width is None else model.teacher.width
-        with seeded(seed):
-            settings = model.model_copy(update={"decoder_depth": model.teacher.depth, "decoder_class": False})
-            self.decoder = Decoder(
-                settings, encoder.width, encoder.depth, encoder.shape, outputs=width, inputs=None, timestep="none"
-            )
-
-    @property
-    def teacher(self) -> Any:
-        """The frozen network, built when first needed."""
-        if not self._teacher:
-            self._teacher.append(load_teacher(self.settings))
-        return self._teacher[0]
-
-    @torch.no_grad()
-    def targets(self, clips: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Layer-normalised teacher features on our grid: clips (B, C, T, H, W), normalised -> (B, N, F)."""
-        self._teacher[:] = [self.teacher.to(clips.device)]
-        mean, std = (torch.tensor(v, device=clips.device).view(1, 3, 1, 1) for v in PIXEL_NORMS[self.model.pixel_norm])
-        frames = clips[:, :, :: self.model.tubelet].transpose(1, 2).flatten(0, 1)  # (B * T/t, C, H, W)
-        frames = (frames * std + mean).clamp(0, 1)
-        grid = self.teacher(frames).float()  #                                     (B * T/t, h * w, F) or (.., F, h, w)
-        if grid.dim() == 3:
-            side = math.isqrt(grid.shape[1])
-            if side**2 != grid.shape[1]:
-                raise UsageError(
-                    f"model.teacher gives {grid.shape[1]} tokens, which are no square grid; a teacher of another grid "
-                    "must return a map (B, width, h, w), and one with a class token must drop it."
-                )
-            grid = grid.transpose(1, 2).unflatten(2, (side, side))  #                (B * T/t, F, h, w)
-        if grid.shape[2:] != shape[1:]:
-            grid = F.interpolate(grid, shape[1:], mode="bicubic", antialias=True)
-        tokens = grid.flatten(2).transpose(1, 2).unflatten(0, (-1, shape[0])).flatten(1, 2)  # (B, N, F)
-        return F.layer_norm(tokens, tokens.shape[-1:])
-
-    def loss(self, clips: Tensor, encoding: Encoding, index: Tensor, valid: Tensor | None) -> Tensor:
-        """Weighted squared error (B,) at the masked places index (B, K), where valid."""
-        mask = encoding.mask
-        wanted = gather_tokens(self.targets(clips, mask.shape), index)  # (B, K, F)
-        features = encoding.features
-        predicted = self.decoder(
-            None, None, index, valid, mask.shape, encoding.latents, features, mask.visible, encoding.valid
-        )
-        error = (predicted.float() - wanted).square().mean(2)  #           (B, K)
-        if valid is not None:
-            return self.settings.weight * (error * valid).sum(1) / valid.sum(1).clamp(min=1)
-        return self.settings.weight * error.mean(1)
