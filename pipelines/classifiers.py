@@ -80,12 +80,15 @@ def load(source: str | Path, device: torch.device, overrides: Sequence[str] = ()
         UsageError: a `--set` of what the weights have decided.
     """
     from diffmae_video.models.weights import load_model, saved_sha256
+    from diffmae_video.training.hardware import swap_kernels
 
     model = load_model(source)
     settings = settings_beside(source, model, overrides, seed)
     model.eval().requires_grad_(False)
     known = _settings_file(source).is_file() or "stride" in model.info
-    return Loaded(model.to(device), settings, dict(model.info), saved_sha256(source), device, known)
+    loaded = Loaded(model.to(device), settings, dict(model.info), saved_sha256(source), device, known)
+    swap_kernels(model, device, loaded.precision)
+    return loaded
 
 
 def load_classifier(

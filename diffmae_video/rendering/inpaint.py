@@ -26,7 +26,7 @@ from diffmae_video.rendering.frames import Frame
 from diffmae_video.rendering.masks import ClipShape, build_mask
 from diffmae_video.rendering.paste import Hole
 from diffmae_video.rendering.windows import Window, enlarge, place_windows, shrink, to_cells
-from diffmae_video.training.hardware import autocast
+from diffmae_video.training.hardware import autocast, swap_kernels
 
 TRAJECTORY_STEPS = 60
 """Denoising steps that are kept to be shown, at most."""
@@ -116,6 +116,7 @@ class Inpainter:
         patch = model.settings.patch
         self.grid = (self.length // self.tubelet, height // patch, width // patch)
         self.device = next(model.parameters()).device
+        swap_kernels(model, self.device, self.settings.precision)
         self.windows = self.restored = 0
         self.trajectory: Trajectory | None = None
 

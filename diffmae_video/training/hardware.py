@@ -8,6 +8,7 @@ import time
 
 import psutil
 import torch
+from torch import nn
 
 from diffmae_video.errors import UsageError
 
@@ -91,6 +92,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     dtype = _DTYPES[resolve_precision(precision, device)]
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
+
+
+def swap_kernels(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Let a model that will compute in a precision on a device use the kernels made for them, if there are any."""
+    if device.type == "cpu" and resolve_precision(precision, device) == "bf16":
+        from diffmae_video.models.kernels import use_cpu_bf16
+
+        use_cpu_bf16(model)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffmae_video.config import TrainSettings
 from diffmae_video.training.distributed import Distributed
+from diffmae_video.training.hardware import swap_kernels
 
 
 def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed) -> nn.Module:
@@ -19,6 +20,7 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
 
     FSDP2 shards every block of the encoder and decoder (any child of a ModuleList) and then the rest, in place.
     """
+    swap_kernels(model, distributed.device, train.precision)
     if train.grad_checkpointing:
         model.set_grad_checkpointing(train.grad_checkpointing)
     wrapped: nn.Module = model

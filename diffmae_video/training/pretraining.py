@@ -21,7 +21,6 @@ from diffmae_video.training.task import LossOutput, TaskSetup
 
 PICTURE_CLIPS = 4  # clips in a picture
 PICTURE_FRAMES = 8  # columns of a picture, at most
-PICTURE_STEPS = 20  # denoising steps of "full sampling" in training pictures
 VALIDATION_CLIPS = 512  # a fixed part of the validation split is enough for a loss curve
 
 
@@ -121,9 +120,16 @@ class PretrainTask:
         if batch is None:
             return {}
         clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
-        borrow = self.settings.model.target == "norm_pixel"
-        first = None
-        for last in model.sample_steps(clips, mask, seeds=batch.seeds, steps=PICTURE_STEPS, borrow_statistics=borrow):
+        render, first = self.settings.render, None
+        for last in model.sample_steps(
+            clips,
+            mask,
+            seeds=batch.seeds,
+            sampler=render.sampler,
+            steps=render.steps,
+            eta=render.eta,
+            borrow_statistics=self.model.target.borrows,
+        ):
             first = first or last
         norm = self.settings.model.pixel_norm
         source, one, full = (denormalize_pixels(x, norm).cpu() for x in (clips, first.clips(), last.clips()))

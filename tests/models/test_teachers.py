@@ -211,3 +211,25 @@ def test_unknown_teachers_are_named():
             DiffMAE(settings(teacher=teacher))
     with pytest.raises(UsageError, match="timm"):
         DiffMAE(settings(teacher=TeacherSettings(source="timm", name="no_such_model")))
+
+
+def test_a_model_from_a_file_does_not_build_the_teacher_that_the_file_names(tmp_path):
+    built = []
+    teachers.register("noted")(lambda: built.append(1) or tiny_vit())
+    net = DiffMAE(settings(teacher=TeacherSettings(source="local", name="noted", depth=1)), teacher=tiny_vit())
+    save_model(net, tmp_path)
+    again, mask = load_model(tmp_path), make_mask("random", 0.75, (2, 4, 4), [0, 1])
+    clips = torch.zeros(2, 3, 4, 32, 32)
+    with pytest.raises(UsageError, match="without its teacher"):
+        again(clips, mask, again.draw([1, 2], mask))
+    assert again.sample(clips, mask, seeds=[1, 2]).shape == clips.shape  # for which it needs none
+    assert not built
+    again.feature_decoder.use_teacher(tiny_vit())
+    draw = net.draw([1, 2], mask)
+    assert torch.equal(again(clips, mask, draw).loss, net(clips, mask, draw).loss)
+    description = json.loads((tmp_path / "model.json").read_text())
+    del description["model"]["teacher"]["width"]  # the way to have it asked while the model is built
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match="teacher has no width"):
+        load_model(tmp_path)
+    assert not built
