@@ -39,16 +39,17 @@ def test_gradients_are_equal_also_under_accumulation(decoder, precision):
 @pytest.mark.parametrize("decoder", ["joint", "cross_self", "cross"])
 def test_fewer_activations_are_kept(decoder):
     """A step's peak: of all activations, of what matrix products and attention gave, of the blocks' inputs."""
-    peaks, flops, mask = [], [], make_mask("random", 0.5, (4, 4, 4), range(8))
+    peaks, flops, mask = [], [], make_mask("random", 0.5, (2, 16, 16), range(16))
+    fields = {"width": 64, "depth": 6, "heads": 2, "decoder_width": 64, "decoder_heads": 2, "decoder": decoder}
     for mode in MODES:
         with shapes_only():
-            net = DiffMAE(ModelSettings(preset="nano", depth=6, decoder=decoder, frames=8, size=(64, 64))).train()
-            clips = torch.zeros(8, 3, 8, 64, 64)
-            draw = Draw(torch.zeros(8, dtype=torch.int64), torch.zeros(8, 32, net.patch_values), None)
+            net = DiffMAE(ModelSettings(preset="nano", frames=4, size=(64, 64), patch=4, **fields)).train()
+            clips = torch.zeros(16, 3, 4, 64, 64)
+            draw = Draw(torch.zeros(16, dtype=torch.int64), torch.zeros(16, 256, net.patch_values), None)
             train = TrainSettings(grad_checkpointing=mode, precision="bf16")
-            cost = measure_step(net, lambda: net(clips, mask, draw).loss, train, 8)  # noqa: B023
+            cost = measure_step(net, lambda: net(clips, mask, draw).loss, train, 16)  # noqa: B023
         peaks.append(cost.peak_bytes - cost.state_bytes - cost.gradient_bytes)
         flops.append(cost.train_flops)
     assert peaks[1] < 0.8 * peaks[0]
-    assert peaks[2] < 0.8 * peaks[1]
-    assert flops[0] <= flops[1] < 1.03 * flops[0] < flops[2]
+    assert peaks[2] < 0.9 * peaks[1]
+    assert flops[0] == flops[1] < flops[2]  # no product is computed twice, or most of them are
