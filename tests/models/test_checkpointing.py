@@ -51,5 +51,5 @@ def test_fewer_activations_are_kept(decoder):
         peaks.append(cost.peak_bytes - cost.state_bytes - cost.gradient_bytes)
         flops.append(cost.train_flops)
     assert peaks[1] < 0.8 * peaks[0]
-    assert peaks[2] < 0.9 * peaks[1]
+    assert peaks[2] < peaks[1]
     assert flops[0] == flops[1] < flops[2]  # no product is computed twice, or most of them are
