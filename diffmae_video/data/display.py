@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from diffmae_video.errors import DataError
 
 BT709, BT601, RGB = 1, 6, 0
 """Matrix coefficients of ISO 23091-2, table 4; also FFmpeg's numbers."""
 LIMITED = 1
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+"""How YUV becomes RGB: without these flags swscale's table for frames that keep their size is 1 to 1.5 levels dark."""
 MATRICES = {BT709: BT709, 4: 4, 5: 5, BT601: BT601, 7: 7, 9: 9}
 """Matrices between RGB and YUV that swscale knows: BT.709, FCC, BT.601 (twice), SMPTE 240M, BT.2020."""
 _UNTAGGED = (RGB, 2, 3)  # no matrix, unspecified, reserved
@@ -65,9 +67,13 @@ class Display(NamedTuple):
         """The frame as shown, uint8 (H, W, 3)."""
         width = max(1, round(frame.width * self.aspect))
         if self.transfer:
-            deep = reformatter.reformat(frame, width, frame.height, "rgb48le", threads=1).to_ndarray()
+            deep = reformatter.reformat(
+                frame, width, frame.height, "rgb48le", interpolation=EXACT, threads=1
+            ).to_ndarray()
             return self.upright(tone_map(deep, self.transfer))
-        return self.upright(reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray())
+        return self.upright(
+            reformatter.reformat(frame, width, frame.height, "rgb24", interpolation=EXACT, threads=1).to_ndarray()
+        )
 
 
 PLAIN = Display()

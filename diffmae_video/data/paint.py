@@ -11,7 +11,7 @@ import numpy as np
 from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
-from diffmae_video.data.display import Display
+from diffmae_video.data.display import EXACT, Display
 
 Box = tuple[int, int, int, int]
 """A crop in pixels of the displayed frame: left, top, width, height."""
@@ -83,10 +83,10 @@ class Painter:
         y, x = 0, 0
         if (rows, columns) == (height, width):
             if left + width > frame.width - frame.width % 32:  # swscale leaves the tail of gbrp rows unwritten
-                rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                rgb = self.reformatter.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
                 out[slot] = rgb[top : top + rows, left : left + columns].transpose(2, 0, 1)
                 return out
-            planar, y, x = self.reformatter.reformat(frame, format="gbrp", threads=1), top, left
+            planar, y, x = self.reformatter.reformat(frame, format="gbrp", interpolation=EXACT, threads=1), top, left
         elif self.crop is None:
             planar = self.reformatter.reformat(frame, columns, rows, "gbrp", threads=1)
         else:
@@ -100,7 +100,7 @@ class Painter:
         """Crop and scale in one pass: FFmpeg's crop moves pointers, so only the box is converted."""
         left, top, width, height = crop
         if min(width, height) < 2:  # less than a chroma sample wide, which FFmpeg's crop makes nothing of
-            rgb = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            rgb = self.reformatter.reformat(frame, format="rgb24", interpolation=EXACT, threads=1).to_ndarray()
             box = av.VideoFrame.from_ndarray(
                 np.ascontiguousarray(rgb[top : top + height, left : left + width], np.uint8), "rgb24"
             )

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import av
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from diffmae_video.data.display import BT709, LIMITED, Display, matrix_to_keep
 from diffmae_video.data.media import DEFAULT_LIMITS, MEDIA_SUFFIXES, Limits
@@ -149,7 +149,7 @@ class _Encoder:
             rgb = self.display._replace(aspect=Fraction(1)).rgb(frame, self.drawer)
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
         colours = {"dst_colorspace": _SWSCALE[self.matrix], "dst_color_range": ColorRange.MPEG}
-        scaled = self.scaler.reformat(frame, *self.size, "yuv420p", interpolation="BICUBIC", threads=1, **colours)
+        scaled = self.scaler.reformat(frame, *self.size, "yuv420p", interpolation=_BICUBIC, threads=1, **colours)
         scaled.pict_type = 0  # the encoder places the key frames
         scaled.time_base = _CLOCK
         self.stamp = scaled.pts = max(self.stamp + 1, round(time / _CLOCK))
@@ -186,6 +186,7 @@ class _Encoder:
         return stream
 
 
+_BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # without it a change of matrix is half a level dark
 _CLOCK = Fraction(1, 90_000)
 _SWSCALE = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601} | {
     7: Colorspace.SMPTE240M,

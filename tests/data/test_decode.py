@@ -249,6 +249,59 @@ def test_interpreter_exits_after_damage(tmp_path: Path) -> None:
     assert subprocess.run(command, timeout=60, capture_output=True, check=False).returncode == 0
 
 
+# -- colours and scaling -------------------------------------------------------------------------------------------
+
+
+def textured() -> np.ndarray:
+    """A frame of slopes and squares, uint8 (240, 320, 3)."""
+    y, x = np.mgrid[0:240, 0:320]
+    return np.stack([60 + x * 0.4, 200 - y * 0.5, 90 + ((x // 16 + y // 16) % 2) * 60], -1).astype(np.uint8)
+
+
+def encoded(frame: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=10, options={"crf": "0", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = frame.shape[1], frame.shape[0], "yuv444p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    return sink.getvalue()
+
+
+def test_colours_come_back_without_an_offset() -> None:
+    """Lossless YUV: each way of reading gives the colours that were written, a tenth of a level off at most."""
+    frame = textured()
+    data = encoded(frame)
+    box = (32, 16, 256, 208)
+    with Video(data) as video:
+        whole, cropped = video.clips([[0]])[0].frames[0], video.clips([[0]], [box])[0].frames[0]
+    ways = {
+        "whole": (whole.numpy(), frame.transpose(2, 0, 1)),
+        "cropped": (cropped.numpy(), frame[16:224, 32:288].transpose(2, 0, 1)),
+        "reader": (next(iter(VideoReader(data)))[0], frame),
+    }
+    for name, (got, wanted) in ways.items():
+        off = got.astype(float) - wanted
+        assert abs(off.mean()) < 0.1, name
+        assert np.abs(off).max() <= 3, name
+
+
+@pytest.mark.parametrize("size", [(112, 149), (96, 96), (224, 298)])
+def test_scaling_is_pils_antialiased_bilinear(size: tuple[int, int]) -> None:
+    """Scaled while it is decoded, or decoded and then scaled by PIL: the same to rounding (swscale scales YUV)."""
+    data = encoded(textured())
+    box = (20, 10, 240, 200)
+    with Video(data) as video:
+        whole = video.clips([[0]])[0].frames[0].permute(1, 2, 0).numpy()
+        scaled = video.clips([[0]], size=size)[0].frames[0].permute(1, 2, 0).numpy()
+        cut = video.clips([[0]], [box], size)[0].frames[0].permute(1, 2, 0).numpy()
+    picture = Image.fromarray(whole)
+    for got, source in ((scaled, picture), (cut, picture.crop((20, 10, 260, 210)))):
+        off = got.astype(float) - np.asarray(source.resize(size[::-1], Image.Resampling.BILINEAR))
+        assert abs(off.mean()) < 0.1
+        assert np.abs(off).mean() < 1
+
+
 # -- real clips ----------------------------------------------------------------------------------------------------
 
 DIFFERS = {  # damaged: how many frames come depends on what happens after the damage
