@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from diffmae_video.registry import (
     DecoderName,
@@ -27,6 +28,15 @@ Pixels = Annotated[int, Field(gt=0, le=2**14)]
 TOKENS, PARAMETERS = 2**17, 3 * 10**10
 """Limits before memory is taken: settings also come from files of strangers."""
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def _check_space(name: str) -> str:
+    if name != "pixel" and not re.fullmatch("pca:[1-9][0-9]*", name):
+        raise ValueError(f"{name!r} is no space of patches; choose pixel, or pca:K with K components, e.g. pca:32")
+    return name
+
+
+SpaceName = Annotated[str, AfterValidator(_check_space)]
 
 
 class Section(BaseModel):
@@ -111,6 +121,9 @@ class ModelSettings(Section):
     """`mae`: a learned mask token and no timestep; `ddpm`: nothing visible, everything noised."""
     target: TargetName = "pixel"
     """What the decoder predicts on masked patches."""
+    space: SpaceName = "pixel"
+    """Where patches are noised and predicted: `pixel`, or `pca:K`, the first K principal components of the training
+    set's patches, with the rest predicted by regression."""
     loss_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the masked tokens that the cross decoder predicts in a training step."""
     pixel_norm: Literal["symmetric", "imagenet", "kinetics"] = "symmetric"
@@ -145,6 +158,14 @@ class ModelSettings(Section):
             raise ValueError("decoder_class needs class_token = true and decoder = 'joint'")
         if targets.fact(self.target, "noise", False) and not objectives.fact(self.objective, "noise", True):
             raise ValueError(f"target = '{self.target}' needs noise, and objective = '{self.objective}' has none")
+        if self.space != "pixel":
+            for fact in ("blind", "borrows"):
+                if targets.fact(self.target, fact, False):
+                    raise ValueError(
+                        f"space = '{self.space}' does not go with target = '{self.target}': see docs/model.md"
+                    )
+            if not objectives.fact(self.objective, "sees", True):
+                raise ValueError(f"space = '{self.space}' needs clean patches to see, and objective = 'ddpm' has none")
         if self.loss_tokens < 1 and not objectives.fact(self.objective, "sees", True):
             raise ValueError(
                 f"loss_tokens below 1 hides tokens from the encoder of objective = '{self.objective}'; leave it at 1"
@@ -161,6 +182,9 @@ class DiffusionSettings(Section):
     """Diffusion steps of training."""
     rho: Annotated[float, Field(gt=0, le=100)] = 0.8
     """Exponent of every beta; below 1 amplifies the noise (paper, section 3)."""
+    draw: Literal["uniform", "angle", "logit_normal"] = "uniform"
+    """Timesteps of training: uniform (the paper's), uniform in the angle between clean and noise, where the steps of
+    sampling lie, or logit-normal, more often in the middle."""
 
     @model_validator(mode="after")
     def _fits(self) -> DiffusionSettings:

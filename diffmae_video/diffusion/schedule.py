@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SPACINGS = ("angle", "even")
+DRAWS = ("uniform", "angle", "logit_normal")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,29 @@ class Schedule:
     def add_noise(self, x_0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t = signal x_0 + sigma noise; x_0 and noise (B, ...), timestep (B,) indices."""
         return gather(self.signal, timestep, x_0) * x_0 + gather(self.sigma, timestep, x_0) * noise
+
+    def draw(self, kind: str, generator: torch.Generator) -> Tensor:
+        """A timestep of training: int64 ().
+
+        Args:
+            kind: `uniform` over the timesteps; `angle`, uniform in atan(sigma / signal), where steps of sampling lie;
+                or `logit_normal`, timestep / T the sigmoid of a standard normal (Esser et al. 2024, arXiv 2403.03206),
+                the middle more often than the ends.
+            generator: on the CPU.
+
+        Raises:
+            ValueError: another kind.
+        """
+        if kind == "uniform":
+            return torch.randint(len(self), (), generator=generator)
+        if kind == "logit_normal":
+            part = torch.randn((), generator=generator, dtype=torch.float64).sigmoid()
+            return (part * len(self)).long().clamp(max=len(self) - 1)
+        if kind != "angle":
+            raise ValueError(f"draw {kind!r} is not one of {', '.join(DRAWS)}")
+        angle = torch.atan2(self.sigma, self.signal)
+        wanted = angle[0] + (angle[-1] - angle[0]) * torch.rand((), generator=generator, dtype=torch.float64)
+        return (angle - wanted).abs().argmin()
 
     # --- what follows from signal and sigma, for every step and the one before it (no noise before the first) --------
 

@@ -30,6 +30,7 @@ from diffmae_video.models.layers import seeded
 from diffmae_video.models.objectives import Objective
 from diffmae_video.models.patches import gather_tokens, masked_mean, patchify, pixel_bounds
 from diffmae_video.models.sampling import Paste, SampleStep, sample_generators
+from diffmae_video.models.space import PatchSpace
 
 SAMPLING = RenderSettings()
 """Sampler and steps of whoever names none."""
@@ -41,7 +42,7 @@ class Draw(NamedTuple):
     timestep: Tensor
     """int64 (B,), 0-based."""
     noise: Tensor
-    """float (B, K, P); (B, 0, P) for the `mae` objective."""
+    """float (B, K, n), n the values that are noised (P without `model.space`); (B, 0, n) for the `mae` objective."""
     keep: Tensor | None
     """int64 (B, K): entries of the masked tokens that are predicted; None for all."""
 
@@ -80,12 +81,14 @@ class DiffMAE(nn.Module):
         self.info: dict[str, Any] = {}
         self.tubelet, self.patch = model.tubelet, model.patch
         self.objective: Objective = registry.objectives.get(model.objective)()
-        self.target: Target = registry.targets.get(model.target)()
         self.schedule = Schedule.make(self.diffusion.schedule, self.diffusion.timesteps, self.diffusion.rho)
         self.register_buffer("signal", self.schedule.signal.float(), persistent=False)
         self.register_buffer("sigma", self.schedule.sigma.float(), persistent=False)
         self.patch_values = values = model.tubelet * model.patch**2 * 3
-        inputs, timestep = (values, model.timestep) if self.objective.noise else (None, "none")
+        target = registry.targets.get(model.target)
+        self.space = PatchSpace(model.space, values, target.statistics)
+        self.target: Target = target(lambda: self.space.deviation)
+        inputs, timestep = (self.space.noised, model.timestep) if self.objective.noise else (None, "none")
         self.encoder = Encoder(model, seed)
         with seeded(seed + 1):
             self.decoder = Decoder(model, self.encoder, values, inputs, timestep)
@@ -104,7 +107,7 @@ class DiffMAE(nn.Module):
         A sample's draw does not depend on the rest of the batch. Noise is drawn where the mask lives.
         """
         mask = self.objective.mask(mask)
-        device, values = mask.masked.device, self.patch_values
+        device, values = mask.masked.device, self.space.noised
         counts = [mask.masked.shape[1]] * mask.batch
         if mask.masked_valid is not None:
             counts = mask.masked_valid.sum(1).tolist()
@@ -115,13 +118,13 @@ class DiffMAE(nn.Module):
         timesteps, keeps = [], []
         for row, (seed, count) in enumerate(zip(torch.as_tensor(seeds).tolist(), counts, strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            timesteps.append(torch.randint(len(self.schedule), (), generator=generator))
+            timesteps.append(self.schedule.draw(self.diffusion.draw, generator))
             if self.settings.loss_tokens < 1:
                 order = torch.randperm(count, generator=generator)[:wanted]
                 keeps.append(F.pad(order, (0, wanted - len(order)), value=max(counts) - 1))  # (K,), pads are invalid
             if drawn:
                 on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-                noise[row, :count].normal_(generator=on_device)  #                             (K, P)
+                noise[row, :count].normal_(generator=on_device)  #                             (K, n)
         keep = torch.stack(keeps).to(device) if keeps else None
         return Draw(torch.stack(timesteps).to(device), noise, keep)
 
@@ -139,17 +142,20 @@ class DiffMAE(nn.Module):
         if draw.keep is not None:
             index = index.gather(1, draw.keep)  #                                   (B, K)
             valid = None if valid is None else valid.gather(1, draw.keep)
-        x_0 = self.target.from_pixels(gather_tokens(patches, index))  #             (B, K, P)
-        noisy, expected = None, x_0
+        x_0 = self._from_pixels(gather_tokens(patches, index))  #                   (B, K, P)
+        noisy, expected, weight = None, x_0, None
         if self.objective.noise:
-            signal, sigma = self._levels(draw.timestep)  #                          (B, 1, 1) each
-            noisy = torch.addcmul(signal * x_0, sigma, draw.noise)  #               (B, K, P)
-            expected = self.target.expected(x_0, draw.noise, signal, sigma)  #      (B, K, P)
+            signal, sigma = self._levels(draw.timestep)  #                          (B, 1, 1 or P) each
+            noise = F.pad(draw.noise, (0, self.patch_values - self.space.noised))  # (B, K, P)
+            noisy = torch.addcmul(signal * x_0, sigma, noise)  #                    (B, K, P)
+            expected = self.target.expected(x_0, noise, signal, sigma)  #           (B, K, P)
+            weight = self.target.weight(signal, sigma)  #                           (B, 1, P)
         encoding = self._encode(patches, noisy, mask)
         del patches  # before the decoder, where a step holds most
-        prediction = self.decoder(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
-        error = F.mse_loss(prediction, expected, reduction="none").mean(2)  #       (B, K)
-        per_sample = masked_mean(error, valid)  #                                   (B,)
+        prediction = self._decode(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
+        error = F.mse_loss(prediction, expected, reduction="none")  #               (B, K, P)
+        error = error if weight is None else error * weight
+        per_sample = masked_mean(error.mean(2), valid)  #                           (B,)
         if self.feature_decoder is not None:
             per_sample = per_sample + self.feature_decoder.loss(clips, encoding, index, valid)
         return DiffMAEOutput(per_sample.mean(), per_sample, prediction)
@@ -164,14 +170,14 @@ class DiffMAE(nn.Module):
         return self._encode(patchify(clips, self.tubelet, self.patch), None, mask)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, encoding: Encoding) -> Tensor:
-        """Clean masked patches x_0 (B, M, P) from noisy ones (B, M, P) at timestep (B,), in the target's pixel space.
+        """Clean masked patches x_0 (B, M, P) from noisy ones (B, M, P) at timestep (B,), in the space of the target.
 
         Objectives without noise ignore both.
         """
         mask = encoding.mask
         if not self.objective.sees:
             encoding = self._encode(None, noisy, mask)
-        answer = self.decoder(noisy, timestep, mask.masked, mask.masked_valid, encoding).float()
+        answer = self._decode(noisy, timestep, mask.masked, mask.masked_valid, encoding).float()
         return self.target.x_0(answer, noisy, *self._levels(timestep))
 
     def sample(self, clips: Tensor, mask: Mask, *, samples: int = 1, **options: Any) -> Tensor:
@@ -240,16 +246,17 @@ class DiffMAE(nn.Module):
         low, high = (bound.to(clips.device) for bound in pixel_bounds(self.settings.pixel_norm, self.patch_values))
 
         def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-            pixels = self.target.to_pixels(self.denoise(noisy, timestep, encoding), paste.truth)  # (B', M, P)
+            pixels = self._to_pixels(self.denoise(noisy, timestep, encoding), paste.truth)  # (B', M, P)
             pixels = pixels.clamp(low, high) if clip_x0 else pixels
-            return self.target.from_pixels(paste.keep(pixels), paste.truth)
+            return self._from_pixels(paste.keep(pixels), paste.truth)
 
         def to_clips(x: Tensor) -> Tensor:
-            return paste(self.target.to_pixels(x, paste.truth))
+            return paste(self._to_pixels(x, paste.truth))
 
         generators = sample_generators(seeds, samples)
-        noise = [torch.randn(paste.truth.shape[1:], generator=g) for g in generators]  # on the CPU: for any device
-        x_T = torch.stack(noise).to(clips.device)  #                          (B', M, P)
+        shape = (paste.truth.shape[1], self.space.noised)
+        noise = [torch.randn(shape, generator=g) for g in generators]  #      (M, n), on the CPU: for any device
+        x_T = F.pad(torch.stack(noise), (0, self.patch_values - shape[1])).to(clips.device)  # (B', M, P)
         options: dict[str, Any] = {"generator": generators, "spacing": spacing}
         if "eta" in inspect.signature(sampling).parameters:
             options["eta"] = eta
@@ -259,8 +266,24 @@ class DiffMAE(nn.Module):
     # --- shared -----------------------------------------------------------------------------------------------------
 
     def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and sigma (B, 1, 1) at timestep (B,)."""
-        return self.signal[timestep].view(-1, 1, 1), self.sigma[timestep].view(-1, 1, 1)
+        """Signal and sigma at timestep (B,): (B, 1, 1), or (B, 1, P) where not all values are noised."""
+        return self.space.levels(self.signal[timestep].view(-1, 1, 1), self.sigma[timestep].view(-1, 1, 1))
+
+    def _decode(
+        self, noisy: Tensor | None, timestep: Tensor, index: Tensor, valid: Tensor | None, encoding: Encoding
+    ) -> Tensor:
+        """The decoder's answer (B, K, P) to noisy patches (B, K, P), of which it reads the values that are noised."""
+        if noisy is not None:
+            noisy = self.target.inputs(noisy, *self._levels(timestep))[..., : self.space.noised]
+        return self.decoder(noisy, timestep, index, valid, encoding)
+
+    def _from_pixels(self, patches: Tensor, truth: Tensor | None = None) -> Tensor:
+        """Patches in pixels as x_0: in the space of the model, then as the target has it."""
+        return self.space.from_pixels(self.target.from_pixels(patches, truth))
+
+    def _to_pixels(self, x_0: Tensor, truth: Tensor) -> Tensor:
+        """And back."""
+        return self.target.to_pixels(self.space.to_pixels(x_0), truth)
 
     def _encode(self, patches: Tensor | None, noisy: Tensor | None, mask: Mask) -> Encoding:
         read = self.objective.encoder_input(patches, noisy, mask)  #          (B, V, P)

@@ -1,0 +1,107 @@
+"""Where patches are noised and predicted: their pixels, or principal components of the training set's patches.
+
+Letters: B batch, K predicted patches, P = t * p * p * C values of a patch, n of them noised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from diffmae_video.errors import UsageError
+
+
+class PatchSpace(nn.Module):
+    """Patches in pixels, or turned into their principal components, the largest variance first; from their mean on.
+
+    Components keep lengths and angles, so that errors, noise and the loss mean the same in both. Only the first
+    `noised` components take part in the diffusion (l-DAE, arXiv 2401.14404); the rest, the finest detail, is predicted
+    from them by regression. Statistics are buffers: estimated once from the training set, saved with the weights.
+
+    Args:
+        space: `pixel` or `pca:K`.
+        values: P.
+        statistics: keep mean and deviations in `pixel` too, for a target that needs them.
+    """
+
+    mean: Tensor
+    """(P,) of patches, pixels."""
+    basis: Tensor
+    """(P, P) a component in each column."""
+    deviation: Tensor
+    """(P,) of each component, or of each pixel, from its mean."""
+    counted: Tensor
+    """How many patches the statistics come from; 0 before `estimate`."""
+
+    def __init__(self, space: str, values: int, statistics: bool = False) -> None:
+        super().__init__()
+        self.noised = values if space == "pixel" else min(int(space.removeprefix("pca:")), values)
+        self.turned, self.values = space != "pixel", values
+        self.known = self.turned or statistics
+        if self.known:
+            self.register_buffer("mean", torch.zeros(values))
+            self.register_buffer("deviation", torch.ones(values))
+            self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+        if self.turned:
+            self.register_buffer("basis", torch.eye(values))
+
+    @property
+    def missing(self) -> bool:
+        """Statistics are needed, and have not been estimated."""
+        return self.known and int(self.counted) == 0
+
+    @torch.no_grad()
+    def estimate(self, batches: Iterable[Tensor]) -> None:
+        """Take mean, components and deviations from patches (..., P) in pixels, in float64.
+
+        Raises:
+            UsageError: fewer patches than values.
+        """
+        total = torch.zeros(self.values, dtype=torch.float64)
+        products = torch.zeros(self.values, self.values, dtype=torch.float64)
+        count = 0
+        for batch in batches:
+            rows = batch.detach().reshape(-1, self.values).cpu()
+            total += rows.sum(0, dtype=torch.float64)
+            products += (rows.mT @ rows).double()
+            count += len(rows)
+        if count < self.values:
+            raise UsageError(
+                f"{count} patches are too few to estimate the {self.values} directions of model.space: use more clips, "
+                "smaller patches, or model.space = 'pixel'."
+            )
+        mean = total / count
+        covariance = products / count - mean[:, None] * mean
+        variance = covariance.diagonal()
+        if self.turned:
+            variance, basis = torch.linalg.eigh(covariance)
+            variance, basis = variance.flip(0), basis.flip(1)
+            largest = basis.abs().argmax(0, keepdim=True)
+            basis = basis * basis.gather(0, largest).sign()  # a sign that no library's version changes
+            self.basis.copy_(basis)
+        self.mean.copy_(mean)
+        self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
+        self.counted.fill_(count)
+
+    def from_pixels(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, P) in pixels to components."""
+        patches = patches - self.mean if self.known else patches
+        return patches @ self.basis if self.turned else patches
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """And back."""
+        x = x @ self.basis.mT if self.turned else x
+        return x + self.mean if self.known else x
+
+    def levels(self, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and sigma of every value (B, 1, P), given those of a timestep (B, 1, 1).
+
+        Values that are not noised are as at pure noise, whatever the timestep: x_t says nothing of them, and whoever
+        asks for x_0 there asks for a regression.
+        """
+        if self.noised == self.values:
+            return signal, sigma
+        inside = torch.arange(self.values, device=signal.device) < self.noised
+        return signal * inside, torch.where(inside, sigma, 1.0)
