@@ -47,7 +47,7 @@ def measure(settings: Settings, clips: int = 1) -> Footprint:
         masks = mask.repeat_interleave(clips)
         draw = Draw(
             timestep=torch.zeros(clips, dtype=torch.long),
-            noise=torch.empty(clips, 0 if model_settings.objective == "mae" else kept, model.patch_values),
+            noise=torch.empty(clips, 0 if model_settings.objective == "mae" else kept, model.space.noised),
             keep=torch.zeros(clips, kept, dtype=torch.long) if kept < hidden else None,
         )
         return measure_step(model, lambda: model(pixels, masks, draw).loss, settings.train, clips)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from diffmae_video.config import MaskSettings, Settings
 from diffmae_video.data.stream import Batch
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels, unpatchify
+from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels, patchify, unpatchify
 from diffmae_video.registry import tasks
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.streams import open_stream, validation_opener
@@ -21,6 +22,7 @@ from diffmae_video.training.task import LossOutput, TaskSetup
 
 PICTURE_CLIPS = 4  # clips in a picture
 PICTURE_FRAMES = 8  # columns of a picture, at most
+SPACE_CLIPS = 256  # clips that the statistics of patches come from
 VALIDATION_CLIPS = 512  # a fixed part of the validation split is enough for a loss curve
 
 
@@ -58,6 +60,9 @@ class PretrainTask:
         """A new DiffMAE by the settings; `init` is not for this task."""
         settings = setup.settings
         model = DiffMAE(settings.model, settings.diffusion, seed=settings.seed)
+        if model.space.missing:  # a run that is continued brings its own in its checkpoint
+            with contextlib.closing(open_stream(settings, 0, 1)) as stream:
+                estimate_space(model, stream)
         return cls(model, settings, validation_opener(settings, setup.processes), setup.processes, setup.facts)
 
     def open_stream(self, rank: int, world: int) -> Any:
@@ -144,6 +149,23 @@ class PretrainTask:
     def info(self) -> dict[str, Any]:
         """For model.json."""
         return dict(self.describe)
+
+
+def estimate_space(model: DiffMAE, stream: Iterable[Batch]) -> None:
+    """Give the model the statistics of patches that its `space` and target need, from the first clips of a stream.
+
+    The stream is that of one process: every rank that reads it comes to the same statistics.
+    """
+
+    def patches() -> Iterator[Tensor]:
+        clips = 0
+        for batch in stream:
+            yield patchify(normalize_pixels(batch.clips, model.settings.pixel_norm), model.tubelet, model.patch)
+            clips += len(batch.clips)
+            if clips >= SPACE_CLIPS:
+                return
+
+    model.space.estimate(patches())
 
 
 def mask_seeds(seeds: Tensor) -> Tensor:
