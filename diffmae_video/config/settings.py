@@ -87,12 +87,13 @@ class ModelSettings(Section):
     """Pixels p on a side of one patch."""
     class_token: bool = False
     """Prepend a learned class token in the encoder."""
-    positions: Literal["sincos", "learned", "joint", "flat"] = "sincos"
+    positions: Literal["sincos", "learned", "joint", "flat", "rotary"] = "sincos"
     """Position embeddings: separable fixed sine-cosine or learned; over all tokens learned (`joint`) or VideoMAE's
-    fixed sinusoid (`flat`); imports bring their own."""
+    fixed sinusoid (`flat`), for imports; or sine-cosine and rotary attention (`rotary`), which finds its neighbours
+    from the first steps on, on grids of any size."""
     position_period: Annotated[float, Field(gt=1)] = 10000.0
     """Longest period of the sine-cosine positions over 2 pi, tokens. On a grid of a few tokens 10000 leaves most
-    dimensions nearly constant; there, take about twice the grid's length."""
+    dimensions nearly constant; there, take positions = 'rotary', or a period of about twice the grid's length."""
     qkv_bias: bool = True
     """Biases on query, key and value projections."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-6

@@ -21,11 +21,13 @@ from diffmae_video.models.layers import (
     AdaLN,
     CrossAttention,
     Positions,
+    RotaryCrossAttention,
     TimestepEmbedding,
     attention_mask,
     initialize,
 )
 from diffmae_video.models.patches import gather_tokens
+from diffmae_video.models.rotary import Rotary, RotaryAttention, rotary_angles
 from diffmae_video.registry import decoders
 
 
@@ -65,9 +67,20 @@ def link_blocks(links: str, encoder_depth: int, decoder_depth: int) -> list[int]
 #
 # A new kind is one class under a name of `registry.decoders`, built as Block(model, context_width, adaln) and called as
 # block(x, context, attn_mask, context_mask, condition): x (B, L, E), context (B, K, D), masks of what is attended to in
-# x (B, 1, 1, L) and context (B, 1, 1, K) or None, condition (B, E) or None -> (B, L, E). Facts at registration:
+# x (B, 1, 1, L) and context (B, 1, 1, K) or None, condition (B, E) or None -> (B, L, E); with positions = "rotary" two
+# more, the angles of x (B, L, d/2) and of context (B, K, d/2). Facts at registration:
 # `links`, the block reads the visible tokens as context and x holds the masked ones alone (without it, x is all tokens
 # in one sequence, and context None); `apart`, no token of x reads another, so that a subset may be predicted.
+
+
+def attention(model: ModelSettings) -> type[Attention]:
+    """Self-attention of a decoder block."""
+    return RotaryAttention if model.positions == "rotary" else Attention
+
+
+def cross_attention(model: ModelSettings) -> type[CrossAttention]:
+    """Attention of a decoder block to its context."""
+    return RotaryCrossAttention if model.positions == "rotary" else CrossAttention
 
 
 @decoders.register("joint")
@@ -78,20 +91,26 @@ class JointBlock(nn.Module):
         super().__init__()
         width, eps = model.decoder_width, model.layer_norm_eps
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, model.decoder_heads, qkv_bias=model.qkv_bias)
+        self.attn = attention(model)(width, model.decoder_heads, qkv_bias=model.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * model.mlp_ratio))
         self.modulation = AdaLN(width, parts=2) if adaln else None
 
     def forward(
-        self, x: Tensor, context: None, attn_mask: Tensor | None, context_mask: None, condition: Tensor | None
+        self,
+        x: Tensor,
+        context: None,
+        attn_mask: Tensor | None,
+        context_mask: None,
+        condition: Tensor | None,
+        *angles: Tensor,
     ) -> Tensor:
         """x (B, V + M, E)."""
         if self.modulation is None:
-            x = x + self.attn(self.norm1(x), attn_mask)
+            x = x + self.attn(self.norm1(x), attn_mask, *angles[:1])
             return x + self.mlp(self.norm2(x))
         one, two = self.modulation(condition)
-        x = x + one.gate * self.attn(one(self.norm1(x)), attn_mask)
+        x = x + one.gate * self.attn(one(self.norm1(x)), attn_mask, *angles[:1])
         return x + two.gate * self.mlp(two(self.norm2(x)))
 
 
@@ -104,9 +123,9 @@ class CrossSelfBlock(nn.Module):
         width, heads, eps = model.decoder_width, model.decoder_heads, model.layer_norm_eps
         self.context_norm = nn.LayerNorm(context_width, eps=eps)
         self.norm0 = nn.LayerNorm(width, eps=eps)
-        self.cross_attn = CrossAttention(width, context_width, heads, model.qkv_bias)
+        self.cross_attn = cross_attention(model)(width, context_width, heads, model.qkv_bias)
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias=model.qkv_bias)
+        self.attn = attention(model)(width, heads, qkv_bias=model.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * model.mlp_ratio))
         self.modulation = AdaLN(width, parts=3) if adaln else None
@@ -118,16 +137,17 @@ class CrossSelfBlock(nn.Module):
         attn_mask: Tensor | None,
         context_mask: Tensor | None,
         condition: Tensor | None,
+        *angles: Tensor,
     ) -> Tensor:
         """x (B, M, E), context (B, V, D)."""
         context = self.context_norm(context)
         if self.modulation is None:
-            x = x + self.cross_attn(self.norm0(x), context, context_mask)
-            x = x + self.attn(self.norm1(x), attn_mask)
+            x = x + self.cross_attn(self.norm0(x), context, context_mask, *angles)
+            x = x + self.attn(self.norm1(x), attn_mask, *angles[:1])
             return x + self.mlp(self.norm2(x))
         one, two, three = self.modulation(condition)
-        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask)
-        x = x + two.gate * self.attn(two(self.norm1(x)), attn_mask)
+        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask, *angles)
+        x = x + two.gate * self.attn(two(self.norm1(x)), attn_mask, *angles[:1])
         return x + three.gate * self.mlp(three(self.norm2(x)))
 
 
@@ -140,21 +160,27 @@ class CrossBlock(nn.Module):
         width, eps = model.decoder_width, model.layer_norm_eps
         self.context_norm = nn.LayerNorm(context_width, eps=eps)
         self.norm0 = nn.LayerNorm(width, eps=eps)
-        self.cross_attn = CrossAttention(width, context_width, model.decoder_heads, model.qkv_bias)
+        self.cross_attn = cross_attention(model)(width, context_width, model.decoder_heads, model.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * model.mlp_ratio))
         self.modulation = AdaLN(width, parts=2) if adaln else None
 
     def forward(
-        self, x: Tensor, context: Tensor, attn_mask: None, context_mask: Tensor | None, condition: Tensor | None
+        self,
+        x: Tensor,
+        context: Tensor,
+        attn_mask: None,
+        context_mask: Tensor | None,
+        condition: Tensor | None,
+        *angles: Tensor,
     ) -> Tensor:
         """x (B, M, E), context (B, V, D)."""
         context = self.context_norm(context)
         if self.modulation is None:
-            x = x + self.cross_attn(self.norm0(x), context, context_mask)
+            x = x + self.cross_attn(self.norm0(x), context, context_mask, *angles)
             return x + self.mlp(self.norm2(x))
         one, two = self.modulation(condition)
-        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask)
+        x = x + one.gate * self.cross_attn(one(self.norm0(x)), context, context_mask, *angles)
         return x + two.gate * self.mlp(two(self.norm2(x)))
 
 
@@ -182,6 +208,8 @@ class Decoder(nn.Module):
         self.latent_embed = None if linked else nn.Linear(encoder.width, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
         self.positions = Positions(model.positions, encoder.shape, width, model.position_period)
+        rotary = model.positions == "rotary"
+        self.rotary = Rotary(encoder.shape, width // model.decoder_heads) if rotary else None
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
         block = decoders.get(model.decoder)
         self.blocks = nn.ModuleList(block(model, encoder.width, timestep == "adaln") for _ in range(depth))
@@ -217,13 +245,17 @@ class Decoder(nn.Module):
         if self.timestep == "add" and condition is not None:
             x = x + condition[:, None]
             condition = None
-        masked = x.shape[1]
+        masked, shape = x.shape[1], encoding.mask.shape
+        angles = rotary_angles(self.rotary, shape, index)  #               (B, M, d/2), or none
+        seen = rotary_angles(self.rotary, shape, encoding.mask.visible)  # (B, V, d/2), or none
+        seen = [F.pad(angle, (0, 0, encoding.latents.shape[1] - angle.shape[1], 0)) for angle in seen]
         if self.latent_embed is not None:
             x, valid = self._join(self._seen(encoding, positions), x, encoding.valid, valid)  # (B, V + M, E)
+            angles = [torch.cat(pair, 1) for pair in zip(seen, angles, strict=True)]
         attn_mask, context_mask = attention_mask(valid), attention_mask(encoding.valid)
         contexts = [encoding.features[link] for link in self.links] or [None] * len(self.blocks)  # (B, V, D) each
         for block, context in zip(self.blocks, contexts, strict=True):
-            x = run_block(block, self.checkpointing, x, context, attn_mask, context_mask, condition)
+            x = run_block(block, self.checkpointing, x, context, attn_mask, context_mask, condition, *angles, *seen)
         return self.head(self.norm(x[:, -masked:]))  #                     (B, M, outputs)
 
     def _seen(self, encoding: Encoding, positions: Tensor) -> Tensor:

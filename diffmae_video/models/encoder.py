@@ -18,6 +18,7 @@ from diffmae_video.models.checkpointing import Checkpointing, run_block
 from diffmae_video.models.layers import Block, Positions, attention_mask, initialize, seeded
 from diffmae_video.models.patches import gather_tokens, grid_shape, patchify
 from diffmae_video.models.presets import resolve
+from diffmae_video.models.rotary import Rotary, rotary_angles
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
@@ -58,9 +59,11 @@ class Encoder(nn.Module):
             self.patch_embed = PatchEmbed(width, model.tubelet, model.patch)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.class_token else None
             self.positions = Positions(model.positions, self.shape, width, model.position_period)
-            rates = drop_path_rates(model.drop_path, depth)
+            self.rotary = Rotary(self.shape, width // heads) if model.positions == "rotary" else None
+            rates, turned = drop_path_rates(model.drop_path, depth), self.rotary is not None
             self.blocks = nn.ModuleList(
-                Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate) for rate in rates
+                Block(width, heads, model.mlp_ratio, model.qkv_bias, model.layer_norm_eps, rate, turned)
+                for rate in rates
             )
             self.norm = nn.LayerNorm(width, eps=model.encoder_norm_eps or model.layer_norm_eps)
             initialize(self)
@@ -129,13 +132,15 @@ class Encoder(nn.Module):
         if index is not None:
             positions = gather_tokens(positions, index)  #           (B, V, D)
         x = self.patch_embed(patches) + positions  #                 (B, V, D)
+        angles = rotary_angles(self.rotary, shape, index)  #         (1 or B, V, D/heads/2), or none
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
             valid = None if valid is None else F.pad(valid, (1, 0), value=True)
+            angles = [F.pad(angle, (0, 0, 1, 0)) for angle in angles]
         attn_mask = attention_mask(valid)
         features: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
-            x = run_block(block, self.checkpointing, x, attn_mask)
+            x = run_block(block, self.checkpointing, x, attn_mask, *angles)
             if number in keep:
                 features[number] = x
         return self.norm(x) if norm else x, features

@@ -66,6 +66,8 @@ def export_model(
     """
     if form not in FORMATS:
         raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}.")
+    if form in ("timm", "hf") and model.settings.positions == "rotary":
+        raise UsageError(f"--format {form} has no rotary positions; export this model as safetensors or onnx.")
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise UsageError(f"--out {directory} is not empty; choose a new folder or pass --overwrite.")

@@ -16,6 +16,7 @@ from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 
 from diffmae_video.masking import GridShape
+from diffmae_video.models.rotary import RotaryAttention, rotate
 
 
 @contextmanager
@@ -102,6 +103,21 @@ class CrossAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
+class RotaryCrossAttention(CrossAttention):
+    """Cross-attention whose queries and keys are turned by their places in the same grid."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor, attn_mask: Tensor | None, angles: Tensor, context_angles: Tensor
+    ) -> Tensor:
+        """x (B, L, D) attends to context (B, K, context width), where attn_mask (B, 1, 1, K): (B, L, D)."""
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  #                (B, heads, L, D/heads)
+        kv = self.kv(context).unflatten(2, (2, self.num_heads, -1))  #                     (B, K, 2, heads, D/heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  #                                      (B, heads, K, D/heads) each
+        q, k = rotate(q, angles), rotate(k, context_angles)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
     """Pre-norm ViT block with timm's parameter names."""
 
@@ -113,17 +129,18 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         eps: float = 1e-6,
         drop_path: float = 0.0,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias)
+        self.attn = (RotaryAttention if rotary else Attention)(width, heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D), attending where attn_mask (B, 1, 1, L) -> (B, L, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), attn_mask))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *angles: Tensor) -> Tensor:
+        """x (B, L, D), attending where attn_mask (B, 1, 1, L), at rotary angles where it has some -> (B, L, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), attn_mask, *angles))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -176,7 +193,8 @@ class Positions(nn.Module):
 
     Args:
         kind: `sincos` and `learned` add a spatial (1, S, D) and a temporal (1, T/t, D) table; `joint` learns and
-            `flat` computes (VideoMAE) one table over all tokens (1, N, D).
+            `flat` computes (VideoMAE) one table over all tokens (1, N, D); `rotary` is `sincos` here, and attention
+            turns queries and keys as well (rotary.py).
         period: of `sincos`, see `ModelSettings.position_period`.
     """
 
@@ -184,7 +202,7 @@ class Positions(nn.Module):
         super().__init__()
         times, height, columns = self.shape = shape
         self.kind = kind
-        if kind == "sincos":
+        if kind in ("sincos", "rotary"):
             self.register_buffer("spatial", sincos_2d(width, height, columns, period)[None], persistent=False)
             self.register_buffer("temporal", sincos_1d(width, torch.arange(times), period)[None], persistent=False)
         elif kind == "learned":
@@ -195,11 +213,11 @@ class Positions(nn.Module):
         elif kind == "flat":
             self.register_buffer("joint", sinusoid_flat(width, math.prod(shape))[None], persistent=False)
         else:
-            raise ValueError(f"positions {kind!r} is not one of sincos, learned, joint, flat")
+            raise ValueError(f"positions {kind!r} is not one of sincos, learned, joint, flat, rotary")
 
     def forward(self, shape: GridShape) -> Tensor:
         """Embeddings (1, N, D) of the grid `shape`."""
-        if self.kind in ("sincos", "learned"):
+        if self.kind in ("sincos", "learned", "rotary"):
             spatial = resize_spatial(self.spatial, self.shape[1:], shape[1:])  #  (1, S, D)
             temporal = resize_temporal(self.temporal, shape[0])  #                (1, T/t, D)
             return (temporal[:, :, None] + spatial[:, None]).flatten(1, 2)  #     (1, N, D)
