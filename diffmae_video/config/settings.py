@@ -89,8 +89,8 @@ class ModelSettings(Section):
     """Prepend a learned class token in the encoder."""
     positions: Literal["sincos", "learned", "joint", "flat", "rotary"] = "sincos"
     """Position embeddings: separable fixed sine-cosine or learned; over all tokens learned (`joint`) or VideoMAE's
-    fixed sinusoid (`flat`), for imports; or sine-cosine and rotary attention (`rotary`), which finds its neighbours
-    from the first steps on, on grids of any size."""
+    fixed sinusoid (`flat`), for imports; or none, but rotary attention (`rotary`), which finds its neighbours from the
+    first steps on, on grids of any size."""
     position_period: Annotated[float, Field(gt=1)] = 10000.0
     """Longest period of the sine-cosine positions over 2 pi, tokens. On a grid of a few tokens 10000 leaves most
     dimensions nearly constant; there, take positions = 'rotary', or a period of about twice the grid's length."""
@@ -194,6 +194,17 @@ class DiffusionSettings(Section):
         return self
 
 
+class MaskChoice(Section):
+    """One mask of a mix."""
+
+    kind: MaskerName
+    """Masker; see diffmae_video.masking."""
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    """Fraction of the tokens that is masked."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the batches, before normalisation; that of `mask.kind` itself is 1."""
+
+
 class MaskSettings(Section):
     """What is hidden from the encoder in training."""
 
@@ -201,6 +212,8 @@ class MaskSettings(Section):
     """Masker; see diffmae_video.masking."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Fraction of the tokens that is masked."""
+    mix: tuple[MaskChoice, ...] = ()
+    """Other masks that take turns with this one, a micro-batch each, for models that inpaint."""
 
 
 class SourceSettings(Section):

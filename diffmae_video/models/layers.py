@@ -193,8 +193,8 @@ class Positions(nn.Module):
 
     Args:
         kind: `sincos` and `learned` add a spatial (1, S, D) and a temporal (1, T/t, D) table; `joint` learns and
-            `flat` computes (VideoMAE) one table over all tokens (1, N, D); `rotary` is `sincos` here, and attention
-            turns queries and keys as well (rotary.py).
+            `flat` computes (VideoMAE) one table over all tokens (1, N, D); `rotary` adds nothing, since attention
+            turns queries and keys (rotary.py).
         period: of `sincos`, see `ModelSettings.position_period`.
     """
 
@@ -202,7 +202,9 @@ class Positions(nn.Module):
         super().__init__()
         times, height, columns = self.shape = shape
         self.kind = kind
-        if kind in ("sincos", "rotary"):
+        if kind == "rotary":
+            self.register_buffer("nothing", torch.zeros(1, 1, width), persistent=False)
+        elif kind == "sincos":
             self.register_buffer("spatial", sincos_2d(width, height, columns, period)[None], persistent=False)
             self.register_buffer("temporal", sincos_1d(width, torch.arange(times), period)[None], persistent=False)
         elif kind == "learned":
@@ -217,7 +219,9 @@ class Positions(nn.Module):
 
     def forward(self, shape: GridShape) -> Tensor:
         """Embeddings (1, N, D) of the grid `shape`."""
-        if self.kind in ("sincos", "learned", "rotary"):
+        if self.kind == "rotary":
+            return self.nothing.expand(-1, math.prod(shape), -1)
+        if self.kind in ("sincos", "learned"):
             spatial = resize_spatial(self.spatial, self.shape[1:], shape[1:])  #  (1, S, D)
             temporal = resize_temporal(self.temporal, shape[0])  #                (1, T/t, D)
             return (temporal[:, :, None] + spatial[:, None]).flatten(1, 2)  #     (1, N, D)

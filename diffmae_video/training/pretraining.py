@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffmae_video.config import MaskSettings, Settings
+from diffmae_video.config import MaskChoice, MaskSettings, Settings
 from diffmae_video.data.stream import Batch
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
@@ -69,14 +69,14 @@ class PretrainTask:
         """Training batches of one folder of shards, or of `data.sources`."""
         return open_stream(self.settings, rank, world)
 
-    def _prepare(self, batch: Batch, device: torch.device, mask: MaskSettings) -> tuple[Tensor, Mask]:
+    def _prepare(self, batch: Batch, device: torch.device, mask: MaskSettings | MaskChoice) -> tuple[Tensor, Mask]:
         clips = normalize_pixels(batch.clips.to(device, non_blocking=True), self.settings.model.pixel_norm)
         shape = grid_shape(*clips.shape[2:], self.model.tubelet, self.model.patch)  # clips (B, C, T, H, W)
         return clips, make_mask(mask.kind, mask.ratio, shape, mask_seeds(batch.seeds)).to(device)
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         """Mean squared error on the masked patches of a micro-batch."""
-        clips, mask = self._prepare(batch, device, self.masks[batch.source])
+        clips, mask = self._prepare(batch, device, choose_mask(self.masks[batch.source], batch.seeds))
         output = model(clips, mask, self.model.draw(batch.seeds, mask))
         metrics = {}
         if len(self.masks) > 1:  # a mix: one curve a source; zero where the batch was of another
@@ -166,6 +166,16 @@ def estimate_space(model: DiffMAE, stream: Iterable[Batch]) -> None:
                 return
 
     model.space.estimate(patches())
+
+
+def choose_mask(mask: MaskSettings, seeds: Tensor) -> MaskSettings | MaskChoice:
+    """The mask of a micro-batch, by its first seed: one of a mix, as often as its weight says."""
+    if not mask.mix:
+        return mask
+    choices = (mask, *mask.mix)
+    weights = torch.tensor([1.0, *(choice.weight for choice in mask.mix)])
+    generator = torch.Generator().manual_seed(int(mask_seeds(seeds[:1])) ^ 1)  # apart from the mask's own
+    return choices[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def mask_seeds(seeds: Tensor) -> Tensor:

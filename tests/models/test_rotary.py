@@ -86,10 +86,6 @@ def test_every_decoder_takes_places(decoder, extra):
     plain = net.decoder(noisy, when, mask.masked, None, encoding)
     mixed = net.decoder(noisy[:, order], when, mask.masked[:, order], None, encoding)
     torch.testing.assert_close(mixed, plain[:, order], atol=1e-4, rtol=1e-4)
-    for buffer in (net.encoder.positions, net.decoder.positions):  # of the places, only rotary ones are left
-        buffer.spatial.zero_()
-        buffer.temporal.zero_()
-    encoding = net.encode(x, mask)
     same, moved = (net.decoder(noisy, when, index, None, encoding) for index in (mask.masked, mask.masked.flip(1)))
     assert float((same - moved).detach().abs().max()) > 1e-3
 
