@@ -188,7 +188,7 @@ def sample(size: str, pixels: int, chains: list[int]) -> list[dict[str, Any]]:
     rows = []
     for ratio in (0.9, 0.75, 0.5):
         mask = make_mask("random", ratio, model.encoder.shape, [0])
-        noisy, when = torch.randn(1, mask.masked.shape[1], model.patch_values), torch.tensor([500])
+        noisy, when = torch.randn(1, mask.masked.shape[1], model.space.noised), torch.tensor([500])
         with torch.no_grad():
             encoding = model.encode(clips, mask)
             arms = {

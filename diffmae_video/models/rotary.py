@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from diffmae_video.masking import GridShape
