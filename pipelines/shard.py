@@ -120,6 +120,9 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     found = len(listing.items) + len(listing.rejected)
     for note in listing.notes:
         say(f"Note: {note}")
+    several = len({(item.path, item.label) for item in listing.items}) - len({item.path for item in listing.items})
+    if several > 0 and not options.trim:
+        say("Note: some videos have spans with different labels: give --trim to cut the spans out.")
     say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
     plan = _Plan(out, info.name if info else job.dataset or _guess_dataset(listing, source), info, listing, tars)
     if job.dry_run:
@@ -172,7 +175,7 @@ def _write_tars(plan: _Plan, job: ShardJob, executor: Executor | None) -> dict[s
             for future in as_completed(futures):
                 report = reports[futures[future].name] = future.result()
                 bad += len(report["rejected"])
-                line.update(len(futures[future].items), rejected=bad)
+                line.update(len(futures[future].items), **({"rejected": bad} if bad else {}))
     except (BrokenProcessPool, CancelledError) as error:
         raise StorageError(f"A worker of the executor died ({error}); run again, finished shards are kept.") from error
     except BaseException:

@@ -99,8 +99,6 @@ def _settle(listing: Listing) -> None:
     listing.items = kept
     if shared:
         listing.notes.append(f"{shared} clips stand in more than one split: a test on them is no test.")
-    if len({(item.path, item.label) for item in kept}) > len({item.path for item in kept}):
-        listing.notes.append("Some videos have spans with different labels: give --trim to cut the spans out.")
 
 
 def _guess(tree: Tree) -> str:
