@@ -41,9 +41,13 @@ from diffmae_video.rendering.sheet import contact_sheet
 from diffmae_video.rendering.writers import write_png
 from diffmae_video.training.hardware import autocast
 
-COLUMNS = ("psnr_masked", "ssim_masked", "psnr_full", "ssim_full", "features", "frechet", "warping", "lpips")
+COLUMNS = (
+    *("psnr_masked", "ssim_masked", "psnr_full", "ssim_full", "ssim_full_crop"),
+    *("features", "frechet", "warping", "lpips"),
+)
 TITLES = {
     "psnr_masked": "PSNR hidden", "ssim_masked": "SSIM hidden", "psnr_full": "PSNR full", "ssim_full": "SSIM full",
+    "ssim_full_crop": "SSIM full, cropped",
     "features": "feature dist.", "frechet": "Frechet", "warping": "warp err. x1e3", "lpips": "LPIPS",
 }  # fmt: skip
 PICTURED = 4
@@ -286,9 +290,10 @@ def _conventions(settings: Settings, clips: int, perceptual: PerceptualMetrics) 
         "frames (small sets bias it upwards; compare within the table only). "
     )
     return (
-        f"{clips} clips of {settings.model.frames} frames at {width}x{height}, stride {settings.data.stride}, centre "
+        f"{clips} clips of {settings.model.frames} frames at {width}x{height}, {_timing(settings)}, centre "
         f"crop, seed {settings.seed}, {settings.evaluate.samples} samples a clip; results pasted into the source. PSNR "
-        "and SSIM (Gaussian window 11, sigma 1.5), uint8 RGB: hidden region pooled over all hidden pixels, full frame "
+        "and SSIM (Gaussian window 11, sigma 1.5; of full frames to the mirrored border, and cropped by 5 pixels as "
+        "scikit-image does), uint8 RGB: hidden region pooled over all hidden pixels, full frame "
         "averaged over frames (100 dB where nothing is hidden); best of samples: by hidden PSNR against the source. "
         + (deep if perceptual.features else "")
         + "Warping error: mean squared, values in [0, 1], times 1000. "
@@ -323,3 +328,12 @@ def _read(directory: Path) -> InpaintingEvaluation:
         return InpaintingEvaluation(**{**facts, "size": tuple(facts["size"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{directory / FILE} cannot be read ({error}); remove {directory} and try again.") from error
+
+
+def _timing(settings: Settings) -> str:
+    """How the clips lie in time, for people."""
+    data, frames = settings.data, settings.model.frames
+    if data.segments:
+        return f"one from each of {frames} segments"
+    seconds = data.seconds(frames)
+    return f"over {seconds:.4g} s" if seconds else f"stride {data.stride}"

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from diffmae_video.config import RenderSettings, Settings, load_settings, with_overrides
+from diffmae_video.data.sampling import stride_at
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.mask_text import MaskRequest
@@ -136,8 +137,8 @@ def _settings(run: Settings, job: Job, options: Mapping[str, Any]) -> Settings:
 
 
 def _stride(settings: Settings, source: VideoSource, length: int) -> int:
-    """The stride asked for, or the one the model was trained with, as far as the clip is long enough for it."""
-    stride = settings.render.stride or settings.data.stride
+    """The stride asked for, or the speed the model was trained at, as far as the clip is long enough for it."""
+    stride = settings.render.stride or stride_at(settings.data, length, float(source.fps))
     return max(1, min(stride, source.frames // length))
 
 

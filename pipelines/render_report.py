@@ -39,6 +39,7 @@ class RenderResult:
     stride: int
     seed: int
     checkpoint: str
+    ssim_full_crop: float | None = None
 
 
 def read_render_result(directory: Path) -> RenderResult:
@@ -68,7 +69,11 @@ def write_render_result(result: RenderResult, settings: Settings) -> None:
     report.table(
         "Against the source",
         ["region", "PSNR, dB", "SSIM"],
-        [["hidden", result.psnr_masked, result.ssim_masked], ["whole frame", result.psnr_full, result.ssim_full]],
+        [
+            ["hidden", result.psnr_masked, result.ssim_masked],
+            ["whole frame", result.psnr_full, result.ssim_full],
+            ["whole frame, SSIM without 5 pixels at the border", result.psnr_full, result.ssim_full_crop],
+        ],
     )
     if (directory / "comparison.png").is_file():
         report.image("Comparison", directory / "comparison.png")

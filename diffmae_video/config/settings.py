@@ -114,6 +114,8 @@ class ModelSettings(Section):
     """Decoder attention heads; never inferred from shapes."""
     decoder_class: bool = False
     """The joint decoder has a class token of its own instead of the encoder's (MAE-ST); needs `class_token`."""
+    decoder_class_position: bool = False
+    """The joint decoder gives the encoder's class token a learned place (PySlowFast); needs `class_token`."""
     links: Literal["even", "last"] = "even"
     """Which encoder blocks feed the cross decoders: spread evenly, top-down, or only the last."""
     timestep: Literal["add", "adaln", "none"] = "add"
@@ -157,6 +159,8 @@ class ModelSettings(Section):
             )
         if self.decoder_class and (not self.class_token or decoders.fact(self.decoder, "links", False)):
             raise ValueError("decoder_class needs class_token = true and decoder = 'joint'")
+        if self.decoder_class_position and (not self.class_token or decoders.fact(self.decoder, "links", False)):
+            raise ValueError("decoder_class_position needs class_token = true and decoder = 'joint'")
         if targets.fact(self.target, "noise", False) and not objectives.fact(self.objective, "noise", True):
             raise ValueError(f"target = '{self.target}' needs noise, and objective = '{self.objective}' has none")
         if self.space != "pixel":

@@ -42,15 +42,17 @@ class Step(NamedTuple):
 def randn_like(x: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise; a sequence of generators, one a sample, makes it independent of the batch.
 
+    It is drawn in float32, the same for every number type of x.
+
     Raises:
         ValueError: there is no generator.
     """
     if generators is None:
         raise ValueError("this sampler draws noise: pass a generator, or one a sample")
     if isinstance(generators, torch.Generator):
-        return torch.randn(x.shape, generator=generators, dtype=x.dtype, device=generators.device).to(x.device)
-    rows = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in generators]
-    return torch.stack(rows).to(x.device)
+        return torch.randn(x.shape, generator=generators, device=generators.device).to(x)
+    rows = [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators]
+    return torch.stack(rows).to(x)
 
 
 @samplers.register("ddpm")

@@ -81,6 +81,21 @@ class NormPixel(Target):
         return x_0 * std + mean
 
 
+@targets.register("norm_pixel_channel", borrows=True)
+class NormPixelChannel(Target):
+    """The clean patch, each channel by its own mean and deviation (VideoMAE)."""
+
+    def from_pixels(self, patches: Tensor, truth: Tensor | None = None) -> Tensor:
+        """Each channel of a patch minus a mean, over a deviation."""
+        mean, std = channel_statistics(patches if truth is None else truth)
+        return (patches - mean) / std
+
+    def to_pixels(self, x_0: Tensor, truth: Tensor) -> Tensor:
+        """And back."""
+        mean, std = channel_statistics(truth)
+        return x_0 * std + mean
+
+
 @targets.register("noise", noise=True, blind=True)
 class Noise(Target):
     """The noise (DDPM)."""
@@ -162,3 +177,13 @@ def normalize_patches(patches: Tensor) -> Tensor:
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """What `normalize_patches` subtracts and divides by: two (B, N, 1)."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def channel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation + 1e-6 of each channel over its t * p * p values (VideoMAE), two (B, N, P).
+
+    The last axis holds channels innermost, (t, p, p, C) with C = 3.
+    """
+    channels = patches.unflatten(-1, (-1, 3))  #                            (B, N, t * p * p, C)
+    mean, std = channels.mean(-2, keepdim=True), channels.std(-2, keepdim=True) + 1e-6
+    return mean.expand_as(channels).flatten(-2), std.expand_as(channels).flatten(-2)

@@ -2,7 +2,9 @@
 
 Conventions: uint8 RGB, peak 255. SSIM is that of Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, K = (0.01,
 0.03), population covariance, mean over the three channels (scikit-image with gaussian_weights=True,
-use_sample_covariance=False). The masked SSIM is the mean of the full SSIM map over the hidden pixels.
+use_sample_covariance=False). The masked SSIM is the mean of the full SSIM map over the hidden pixels. The SSIM of a
+full frame is given twice: over every pixel, with mirrored borders, and, as scikit-image and Wang's code do, without the
+5 pixels at the border whose windows reach beyond the frame.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Closeness:
     masked_pixels: int = 0
     full_psnr: float = 0.0
     full_ssim: float = 0.0
+    cropped_ssim: float = 0.0
     frames: int = 0
 
     def add(self, source: np.ndarray, result: np.ndarray, hidden: np.ndarray) -> None:
@@ -65,7 +68,7 @@ class Closeness:
         self.frames += 1
         if not hidden.any():
             self.full_psnr += psnr(source, result)
-            self.full_ssim += 1.0 if np.array_equal(source, result) else float(ssim_map(source, result).mean())
+            self._add_ssim(np.ones(hidden.shape) if np.array_equal(source, result) else ssim_map(source, result))
             return
         error = (source.astype(np.float64) - result.astype(np.float64)) ** 2
         similarity = ssim_map(source, result)
@@ -73,14 +76,22 @@ class Closeness:
         self.masked_ssim += float(similarity[hidden].sum())
         self.masked_pixels += int(hidden.sum())
         self.full_psnr += psnr_of(float(error.mean()))
+        self._add_ssim(similarity)
+
+    def _add_ssim(self, similarity: np.ndarray) -> None:
+        """Count a map of SSIM (H, W); frames smaller than the window have nothing to crop."""
+        edge = SSIM_WINDOW // 2
+        inner = similarity[edge:-edge, edge:-edge]
         self.full_ssim += float(similarity.mean())
+        self.cropped_ssim += float(inner.mean() if inner.size else similarity.mean())
 
     def figures(self) -> dict[str, float]:
-        """`psnr_masked`, `ssim_masked`, `psnr_full`, `ssim_full`."""
+        """`psnr_masked`, `ssim_masked`, `psnr_full`, `ssim_full`, `ssim_full_crop`."""
         pixels, frames = max(self.masked_pixels, 1), max(self.frames, 1)
         return {
             "psnr_masked": psnr_of(self.masked_error / pixels),
             "ssim_masked": self.masked_ssim / pixels,
             "psnr_full": self.full_psnr / frames,
             "ssim_full": self.full_ssim / frames,
+            "ssim_full_crop": self.cropped_ssim / frames,
         }

@@ -207,6 +207,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if marked else None
         self.latent_embed = None if linked else nn.Linear(encoder.width, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class else None
+        self.class_position = nn.Parameter(torch.zeros(1, 1, width)) if model.decoder_class_position else None
         self.positions = Positions(model.positions, encoder.shape, width, model.position_period)
         rotary = model.positions == "rotary"
         self.rotary = Rotary(encoder.shape, width // model.decoder_heads) if rotary else None
@@ -266,7 +267,10 @@ class Decoder(nn.Module):
         places = F.pad(places, (0, 0, seen.shape[1] - places.shape[1], 0))
         if self.cls_token is not None:
             seen = torch.cat([self.cls_token.expand(len(seen), -1, -1).to(seen.dtype), seen[:, 1:]], 1)
-        return seen + places
+        seen = seen + places
+        if self.class_position is None:
+            return seen
+        return torch.cat([seen[:, :1] + self.class_position, seen[:, 1:]], 1)
 
     @staticmethod
     def _join(seen: Tensor, x: Tensor, seen_valid: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -146,7 +146,7 @@ class DiffMAE(nn.Module):
         noisy, expected, weight = None, x_0, None
         if self.objective.noise:
             signal, sigma = self._levels(draw.timestep)  #                          (B, 1, 1 or P) each
-            noise = F.pad(draw.noise, (0, self.patch_values - self.space.noised))  # (B, K, P)
+            noise = F.pad(draw.noise, (0, self.patch_values - self.space.noised)).to(x_0.dtype)  # (B, K, P)
             noisy = torch.addcmul(signal * x_0, sigma, noise)  #                    (B, K, P)
             expected = self.target.expected(x_0, noise, signal, sigma)  #           (B, K, P)
             weight = self.target.weight(signal, sigma)  #                           (B, 1, P)
@@ -175,9 +175,11 @@ class DiffMAE(nn.Module):
         Objectives without noise ignore both.
         """
         mask = encoding.mask
+        read = noisy.to(self.decoder.head.weight.dtype)
         if not self.objective.sees:
-            encoding = self._encode(None, noisy, mask)
-        answer = self._decode(noisy, timestep, mask.masked, mask.masked_valid, encoding).float()
+            encoding = self._encode(None, read, mask)
+        answer = self._decode(read, timestep, mask.masked, mask.masked_valid, encoding)
+        answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
         return self.target.x_0(answer, noisy, *self._levels(timestep))
 
     def sample(self, clips: Tensor, mask: Mask, *, samples: int = 1, **options: Any) -> Tensor:
@@ -256,7 +258,8 @@ class DiffMAE(nn.Module):
         generators = sample_generators(seeds, samples)
         shape = (paste.truth.shape[1], self.space.noised)
         noise = [torch.randn(shape, generator=g) for g in generators]  #      (M, n), on the CPU: for any device
-        x_T = F.pad(torch.stack(noise), (0, self.patch_values - shape[1])).to(clips.device)  # (B', M, P)
+        x_T = F.pad(torch.stack(noise), (0, self.patch_values - shape[1]))  # (B', M, P)
+        x_T = x_T.to(clips.device, torch.promote_types(clips.dtype, torch.float32))
         options: dict[str, Any] = {"generator": generators, "spacing": spacing}
         if "eta" in inspect.signature(sampling).parameters:
             options["eta"] = eta
@@ -307,7 +310,7 @@ class DiffMAE(nn.Module):
         return names | {
             name
             for name, _ in self.named_parameters()
-            if "decoder.positions." in name or name.endswith(("mask_token", "cls_token"))
+            if "decoder.positions." in name or name.endswith(("mask_token", "cls_token", "class_position"))
         }
 
     @torch.jit.ignore

@@ -89,7 +89,7 @@ def mae_names(model: DiffMAE | Classifier) -> dict[str, Tensor]:
     settings, encoder = model.settings, model.encoder
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if ".positions." in name:
+        if ".positions." in name or name == "decoder.class_position":
             continue
         name = name.removeprefix("encoder.")
         name = name.replace("decoder.latent_embed.", "decoder_embed.").replace("decoder.head.", "decoder_pred.")
@@ -100,7 +100,9 @@ def mae_names(model: DiffMAE | Classifier) -> dict[str, Tensor]:
             continue
         table = module.positions(encoder.shape).detach()  #              (1, N, D)
         if settings.class_token:
-            table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)  # (1, 1 + N, D)
+            place = getattr(module, "class_position", None)
+            place = torch.zeros_like(table[:, :1]) if place is None else place.detach()
+            table = torch.cat([place, table], 1)  #                      (1, 1 + N, D)
         out[f"{prefix}pos_embed"] = table.contiguous()
     return out
 
@@ -211,7 +213,7 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
         "patch_size": settings.patch,
         "hidden_act": "gelu",
         "qkv_bias": True,
-        "norm_pix_loss": settings.target == "norm_pixel",
+        "norm_pix_loss": settings.target in ("norm_pixel", "norm_pixel_channel"),
     }
     if video:
         config |= {"num_frames": settings.frames, "tubelet_size": settings.tubelet, "use_mean_pooling": not mae}

@@ -43,7 +43,8 @@ class FeatureDecoder(nn.Module):
         self.detached = False  # a model from a file does not build the teacher that the file names
         self._teacher = [teacher] if teacher is not None else []
         width = model.teacher.width or self.teacher.width
-        settings = model.model_copy(update={"decoder_depth": model.teacher.depth, "decoder_class": False})
+        own = {"decoder_depth": model.teacher.depth, "decoder_class": False, "decoder_class_position": False}
+        settings = model.model_copy(update=own)
         with seeded(seed):
             self.decoder = Decoder(settings, encoder, outputs=width, inputs=None, timestep="none")
 

@@ -393,16 +393,34 @@ def _settings(
         fields |= {
             "decoder": "joint",
             "objective": "mae",
-            "target": "norm_pixel",
+            "target": _target(source, config),
             "timestep": "none",
             "decoder_depth": decoder_depth,
             "decoder_width": decoder_width,
             "decoder_heads": decoder_heads or config.get("decoder_num_attention_heads") or habit,
             "decoder_class": "decoder_cls_token" in tensors,
+            "decoder_class_position": _has_class_position(tensors, math.prod(geometry.shape)),
         }
         if source == "hf-videomae":
             fields["decoder_norm_eps"] = 1e-5
     return ModelSettings.model_validate(fields)
+
+
+def _target(source: str, config: dict[str, Any]) -> str:
+    """What such decoders predict: patches by their own statistics, VideoMAE's channel by channel."""
+    if config.get("norm_pix_loss") is False:
+        return "pixel"
+    return "norm_pixel_channel" if source in ("videomae", "hf-videomae") else "norm_pixel"
+
+
+def _has_class_position(tensors: Tensors, places: int) -> bool:
+    """Whether the decoder gives the encoder's class token a place of its own (PySlowFast)."""
+    if "decoder_cls_token" in tensors or "cls_token" not in tensors:
+        return False
+    table = tensors.get("decoder_pos_embed_class")
+    if table is None and "decoder_pos_embed" in tensors:
+        table = tensors["decoder_pos_embed"][:, : tensors["decoder_pos_embed"].shape[1] - places]
+    return table is not None and bool(table.any())
 
 
 def to_ours(tensors: Tensors, settings: ModelSettings) -> Tensors:
@@ -415,6 +433,8 @@ def to_ours(tensors: Tensors, settings: ModelSettings) -> Tensors:
         at_class = place.pop("class", None)
         if token is not None:
             out[f"{ours}cls_token"] = token if at_class is None else token + at_class
+        elif at_class is not None and prefix and settings.decoder_class_position:
+            out["decoder.class_position"] = at_class
         elif at_class is not None and bool(at_class.any()):
             out[f"{ours}positions.class"] = at_class  # no such place here: it will be listed as unexpected
         out |= {f"{ours}positions.{name}": table for name, table in place.items()}

@@ -244,4 +244,4 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep (B,) -> (B, D)."""
         angles = timestep.float()[:, None] * self.omega  # (B, frequencies / 2)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))

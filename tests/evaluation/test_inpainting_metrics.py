@@ -56,6 +56,10 @@ def test_closeness_of_the_hidden_region_pools_its_pixels() -> None:
         np.concatenate([ssim_map(*x)[m] for *x, m in zip(a, b, hidden, strict=True)]).mean()
     )
     assert figures["psnr_full"] == pytest.approx(np.mean([psnr(*x) for x in zip(a, b, strict=True)]))
+    assert figures["ssim_full"] == pytest.approx(np.mean([ssim_map(*x).mean() for x in zip(a, b, strict=True)]))
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    usual = [structural_similarity(*x, channel_axis=-1, **options) for x in zip(a, b, strict=True)]
+    assert figures["ssim_full_crop"] == pytest.approx(np.mean(usual), abs=1e-6)  # scikit-image crops 5 pixels
 
 
 @pytest.mark.parametrize(("rows", "features"), [(30, 8), (6, 20), (200, 5)])

@@ -292,8 +292,32 @@ def test_other_targets_give_the_same_x0(target):
     assert float(net(x, mask, Draw(when, draw.noise, None)).loss) == pytest.approx(0, abs=1e-9)
 
 
-def test_norm_pixel_refuses_to_sample_unless_told_to_borrow():
-    net, mask, x = model(target="norm_pixel"), make_mask("random", 0.75, SHAPE, [0, 1]), clips()
+@pytest.mark.parametrize("objective", ["diffmae", "mae", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun"])
+def test_samples_and_trains_in_double_precision(objective, sampler):
+    net, mask, x = model(objective=objective).eval(), make_mask("random", 0.75, SHAPE, [0, 1]), clips()
+    options = {"seeds": [3, 4], "steps": 3, "sampler": sampler}
+    single = net.sample(x, mask, **options)
+    loss = net(x, mask, net.draw([3, 4], mask)).loss
+    net.double()
+    double = net.sample(x.double(), mask, **options)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, atol=1e-4, rtol=1e-4)
+    again = net(x.double(), mask, net.draw([3, 4], mask)).loss
+    assert again.dtype == torch.float64
+    torch.testing.assert_close(again.float(), loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_half_the_bits_samples():
+    net, mask, x = model().eval().bfloat16(), make_mask("random", 0.75, SHAPE, [0, 1]), clips().bfloat16()
+    filled = net.sample(x, mask, seeds=[0, 1], steps=2)
+    assert filled.dtype == torch.bfloat16
+    assert filled.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["norm_pixel", "norm_pixel_channel"])
+def test_norm_pixel_refuses_to_sample_unless_told_to_borrow(target):
+    net, mask, x = model(target=target), make_mask("random", 0.75, SHAPE, [0, 1]), clips()
     with pytest.raises(UsageError, match="leaks ground truth"):
         net.sample(x, mask, seeds=[0, 1], steps=2)
     assert net.sample(x, mask, seeds=[0, 1], steps=2, borrow_statistics=True).shape == x.shape

@@ -15,6 +15,7 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.importers import import_weights
 from diffmae_video.models.patches import patchify
+from diffmae_video.models.weights import load_model, save_model
 
 
 def block(prefix: str, width: int, split: bool) -> dict[str, tuple[int, ...]]:
@@ -162,16 +163,55 @@ def test_mae_st_joint_equals_separate_positions(tmp_path):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
-def test_slowfast_decoder_position_of_the_class_token_is_reported(tmp_path):
-    tensors = random_tensors(mae_st_shapes(split=False, slowfast=True))
+def slowfast_forward(tensors: dict[str, torch.Tensor], clips: torch.Tensor, keep: torch.Tensor, heads: int, inner: int):
+    """What PySlowFast computes: the decoder reads the encoder's class token, at a place of its own."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-6)
+
+    kernel, spatial, temporal = (
+        tensors[name] for name in ("patch_embed.proj.weight", "pos_embed_spatial", "pos_embed_temporal")
+    )
+    x = F.conv3d(clips, kernel, tensors["patch_embed.proj.bias"], stride=kernel.shape[2:]).flatten(2).transpose(1, 2)
+    x = (x + spatial.tile(1, temporal.shape[1], 1) + temporal.repeat_interleave(spatial.shape[1], 1))[:, keep]
+    x = torch.cat([(tensors["cls_token"] + tensors["pos_embed_class"]).expand(len(x), -1, -1), x], 1)
+    for number in range(2):
+        x = reference_block(tensors, f"blocks.{number}.", x.shape[2], heads)(x)
+    x = F.linear(norm(x, "norm"), tensors["decoder_embed.weight"], tensors["decoder_embed.bias"])
+    grid = tensors["mask_token"].repeat(len(x), tensors["decoder_pos_embed"].shape[1] - 1, 1)
+    grid[:, keep] = x[:, 1:]
+    x = torch.cat([x[:, :1], grid], 1) + tensors["decoder_pos_embed"]
+    x = reference_block(tensors, "pred_head.transforms.0.0.", x.shape[2], inner)(x)
+    x = norm(x, "pred_head.transforms.0.1")[:, 1:]
+    return F.linear(x, tensors["pred_head.projections.0.weight"], tensors["pred_head.projections.0.bias"])
+
+
+def test_slowfast_decoder_gives_the_class_token_a_place(tmp_path):
+    tensors = random_tensors(mae_st_shapes(split=True, slowfast=True))
     torch.save({"model_state": tensors}, tmp_path / "sf.pyth")
-    with pytest.raises(DataError, match=r"unexpected decoder\.positions\.class"):
-        import_weights("mae_st", tmp_path / "sf.pyth")
+    ours = import_weights("mae_st", tmp_path / "sf.pyth", decoder_heads=4).eval()
+    assert ours.settings.decoder_class_position
+    clips = torch.randn(2, 3, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = make_mask("random", 0.9, (8, 4, 4), [3, 3])
+    with torch.no_grad():
+        expected = slowfast_forward(tensors, clips, mask.visible[0], heads=3, inner=4)[:, mask.masked[0]]
+        found = ours(clips, mask, ours.draw([0, 1], mask)).prediction
+    torch.testing.assert_close(found, expected.repeat(1, 1, 2), atol=1e-5, rtol=1e-5)
+    save_model(ours, tmp_path / "saved")
+    again = load_model(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(clips, mask, again.draw([0, 1], mask)).prediction, found)
+    assert "decoder.class_position" in ours.no_weight_decay()
+
+
+def test_a_zero_place_of_the_class_token_is_none(tmp_path):
+    tensors = random_tensors(mae_st_shapes(split=False, slowfast=True))
     tensors["decoder_pos_embed"][:, 0] = 0
     torch.save({"model_state": tensors}, tmp_path / "sf.pyth")
     model = import_weights("mae_st", tmp_path / "sf.pyth")
     assert model.settings.decoder_heads == 1
     assert model.settings.positions == "joint"
+    assert not model.settings.decoder_class_position
 
 
 @pytest.mark.parametrize("how", ["central", "mean"])

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from diffmae_video.diffusion.targets import normalize_patches, patch_statistics
+from diffmae_video.diffusion.targets import NormPixelChannel, normalize_patches, patch_statistics
 from diffmae_video.masking import Mask
 from diffmae_video.models.importers import import_weights
 from diffmae_video.models.patches import patchify
@@ -138,6 +138,40 @@ def test_norm_pixel_is_maes():
         normed, (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
     )
     torch.testing.assert_close(normed * std + mean, patches, atol=1e-6, rtol=1e-5)
+
+
+def test_norm_pixel_channel_is_videomaes():
+    """Each channel of a patch by its own mean and unbiased deviation, 1e-6 outside the root, one by one."""
+    clip = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    clip[:, 1] = clip[:, 1] * 5 + 3
+    patches, target = patchify(clip, 2, 8), NormPixelChannel()
+    expected = patches.clone()
+    for token in range(patches.shape[1]):
+        for channel in range(3):
+            values = patches[0, token, channel::3]  #  (t * p * p,)
+            expected[0, token, channel::3] = (values - values.mean()) / (values.var() ** 0.5 + 1e-6)
+    torch.testing.assert_close(target.from_pixels(patches), expected, atol=1e-6, rtol=1e-5)
+    # a perfect prediction, with the statistics of the truth, is the truth
+    torch.testing.assert_close(target.to_pixels(expected, patches), patches, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_of_videomae_with_normalised_pixels_is_transformers(tmp_path):
+    """Their loss takes ImageNet pixels back to [0, 1] and normalises there, which channel by channel is the same."""
+    config = transformers.VideoMAEConfig(
+        **VIT, **DECODER, image_size=32, num_frames=8, use_mean_pooling=False, layer_norm_eps=1e-6, norm_pix_loss=True
+    )
+    peer = randomize(transformers.VideoMAEForPreTraining(config))
+    peer.save_pretrained(tmp_path)
+    ours = import_weights("hf-videomae", tmp_path).eval()
+    assert ours.settings.target == "norm_pixel_channel"
+    clips = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    grid = torch.zeros(2, 64, dtype=torch.bool)
+    grid[:, torch.randperm(64, generator=torch.Generator().manual_seed(2))[:48]] = True
+    mask = Mask.from_grid(grid, (4, 4, 4))
+    with torch.no_grad():
+        theirs = peer(clips, bool_masked_pos=grid).loss
+        found = ours(clips.transpose(1, 2), mask, ours.draw([0, 1], mask)).loss
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
 
 
 # --- the authors' own names: transformers' models are those networks, renamed ----------------------------------------
