@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from diffmae_video.mask_text import Extent, Generated, read_mask_text
@@ -57,17 +59,17 @@ class Mask:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Mask:
         """The same mask with its tensors on `device`."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-        tables = (self.visible, self.masked, self.visible_valid, self.masked_valid)
-        return Mask(move(self.grid), self.shape, *map(move, tables))
+        return self._map(lambda table: table.to(device, non_blocking=non_blocking))
 
     def repeat_interleave(self, times: int) -> Mask:
         """Every sample `times` times in a row: (B, ...) -> (B * times, ...)."""
-        tables = (self.visible, self.masked, self.visible_valid, self.masked_valid)
-        tables = [None if table is None else table.repeat_interleave(times, 0) for table in tables]
-        return Mask(self.grid.repeat_interleave(times, 0), self.shape, *tables)
+        return self._map(lambda table: table.repeat_interleave(times, 0))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Mask:
+        visible_valid = None if self.visible_valid is None else change(self.visible_valid)
+        masked_valid = None if self.masked_valid is None else change(self.masked_valid)
+        tables = change(self.grid), self.shape, change(self.visible), change(self.masked)
+        return Mask(*tables, visible_valid, masked_valid)
 
     def pixels(self, tubelet: int, patch: int) -> Tensor:
         """The mask in pixels, bool (B, T, H, W), True = masked."""
@@ -245,13 +247,13 @@ def _flatten_mask(mask: Mask) -> tuple[list[Tensor | None], GridShape]:
     return [mask.grid, mask.visible, mask.masked, mask.visible_valid, mask.masked_valid], mask.shape
 
 
-def _unflatten_mask(values: list[Tensor | None], shape: GridShape) -> Mask:
+def _unflatten_mask(values: Any, shape: Any) -> Mask:
     grid, visible, masked, visible_valid, masked_valid = values
     return Mask(grid, shape, visible, masked, visible_valid, masked_valid)
 
 
 # DistributedDataParallel, torch.compile and torch.export look into registered containers only
-torch.utils._pytree.register_pytree_node(
+pytree.register_pytree_node(
     Mask,
     _flatten_mask,
     _unflatten_mask,

@@ -138,11 +138,11 @@ def _registered(home: str, variable: str) -> dict[str, dict[str, Any]]:
 
 
 maskers: Registry[Callable] = Registry("masker", "maskers", ("masking",))
-targets: Registry[type] = Registry("target", "targets", ("diffusion.targets",))
-objectives: Registry[type] = Registry("objective", "objectives", ("models.objectives",))
+targets: Registry[Any] = Registry("target", "targets", ("diffusion.targets",))
+objectives: Registry[Any] = Registry("objective", "objectives", ("models.objectives",))
 samplers: Registry[Callable] = Registry("sampler", "samplers", ("diffusion.samplers",))
-decoders: Registry[type] = Registry("decoder", "decoders", ("models.decoder",))
-tasks: Registry[type] = Registry("task", "tasks", ("training.pretraining", "training.finetuning"))
+decoders: Registry[Any] = Registry("decoder", "decoders", ("models.decoder",))
+tasks: Registry[Any] = Registry("task", "tasks", ("training.pretraining", "training.finetuning"))
 layouts: Registry[Callable] = Registry("layout", "layouts", ("data.published", "data.layouts"))
 teachers: Registry[Callable] = Registry("teacher", "teachers")
 

@@ -29,7 +29,7 @@ CLIP_FACTS = ("stride", "fps", "clip_seconds", "segments")
 class Loaded:
     """A model on its device, ready to use, with the settings that apply to it."""
 
-    model: nn.Module  # Classifier or DiffMAE
+    model: Any  # Classifier or DiffMAE
     settings: Settings
     info: dict[str, Any]  # what model.json says
     weights_sha256: str

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -84,7 +85,7 @@ class ProgressLine:
         self.done += count
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
-            fields = {"figures": escape(shown)} if figures else {}
+            fields: dict[str, Any] = {"figures": escape(shown)} if figures else {}
             self._bar.update(self._task, completed=self.done, **fields)
         elif not self._silent and time.monotonic() - self._shown >= PLAIN_LINE_SECONDS:
             self._shown = time.monotonic()

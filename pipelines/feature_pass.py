@@ -61,7 +61,7 @@ class FeaturePass:
     pool: str = "mean"
     folder: Path | None = None
 
-    def of_split(self, split: str, samples: Sequence[int] | None = None) -> Features:
+    def of_split(self, split: str, samples: Sequence[int] | np.ndarray | None = None) -> Features:
         """Features of a split (or of some of its samples), from the cache or computed and put there. A collective.
 
         Raises:
@@ -71,7 +71,7 @@ class FeaturePass:
         return _split_features(self, split, samples)
 
 
-def _split_features(task: FeaturePass, split: str, samples: Sequence[int] | None) -> Features:
+def _split_features(task: FeaturePass, split: str, samples: Sequence[int] | np.ndarray | None) -> Features:
     processes, loaded, manifest, spec = task.processes, task.loaded, task.manifest, task.spec
     tokens, pool, folder = task.tokens, task.pool, task.folder
     settings = loaded.settings

@@ -77,7 +77,8 @@ def find_task_shards(job: Job, task: str, configured: str | None = None) -> tupl
 
 
 def _unknown(task: str, workspace: Workspace) -> str:
-    sharded = {entry.facts.get("dataset") for entry in workspace.entries() if entry.kind == "shards"} - {None}
+    names = (entry.facts.get("dataset") for entry in workspace.entries() if entry.kind == "shards")
+    sharded = {str(name) for name in names if name is not None}
     if task in dataset_names():
         return (
             f"--task {task}: no shards of it are known in {workspace.folder}; make them with `diffmae shard SRC OUT`, "

@@ -142,6 +142,7 @@ def _write(result: LossSweep, source: str) -> None:
     from diffmae_video.rendering.report import Report
 
     directory = result.directory
+    assert directory is not None  # a dry run writes nothing
     directory.mkdir(parents=True, exist_ok=True)
     picture = sweep_figure(result.timesteps, dict(result.errors), result.signal, result.mean_prediction)
     (directory / "loss_sweep.png").write_bytes(picture)

@@ -94,6 +94,7 @@ def _attentive(loaded: Loaded, train: Features, classes: int) -> tuple[Classifie
         seed=settings.seed,
     )
     classifier.requires_grad_(False)
+    assert classifier.attention is not None
     trained = [*classifier.attention.parameters(), *classifier.head.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -104,8 +104,9 @@ def find_run_folder(job: Job, identity: dict[str, Any]) -> Path:
     if job.resume == "auto":
         for directory in reversed(run_folders(workspace.folder, kind)):
             status = read_status(directory)
-            unfinished = status is not None and status.get("status") != "finished"
-            if unfinished and not identity_difference(status.get("identity", {}), identity):
+            if status is None or status.get("status") == "finished":
+                continue
+            if not identity_difference(status.get("identity", {}), identity):
                 say(f"Found an unfinished run of the same settings and data: {directory}.")
                 return directory
     return workspace.new_run_directory(kind)

@@ -89,7 +89,9 @@ def load_teacher(settings: TeacherSettings) -> Any:
 
 
 def _timm_teacher(settings: TeacherSettings) -> ImageTeacher:
-    network = timm.create_model(settings.name, pretrained=settings.checkpoint is None, num_classes=0, global_pool="")
+    network: Any = timm.create_model(
+        settings.name, pretrained=settings.checkpoint is None, num_classes=0, global_pool=""
+    )
     _load(network, settings.checkpoint)
     config = network.pretrained_cfg
     return ImageTeacher(network, tuple(config["input_size"][1:]), config["mean"], config["std"])
@@ -111,7 +113,7 @@ def _open_clip_teacher(settings: TeacherSettings) -> ImageTeacher:
     clip = open_clip.create_model(
         name, pretrained=(tag or None) if own else None, load_weights=own, require_pretrained=own, pretrained_text=False
     )
-    tower = clip.visual
+    tower: Any = clip.visual
     _load(tower, settings.checkpoint, "visual.")
     if hasattr(tower, "trunk"):  # a timm network behind a projection: its tokens, not their pool
         network = tower.trunk

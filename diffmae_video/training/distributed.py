@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,13 @@ class Distributed:
         self.any(False)
 
 
-def ranks_from_environment(environ: dict[str, str] | None = None) -> tuple[int, int, int, int]:
+def ranks_from_environment(environ: MutableMapping[str, str] | None = None) -> tuple[int, int, int, int]:
     """(rank, world, local rank, local world) from torchrun's variables, else Slurm's (inside srun), else one process.
 
     Under Slurm MASTER_ADDR and MASTER_PORT are set where they are missing: the first host of the job, and a port made
     from the job's number.
     """
-    environ = os.environ if environ is None else environ
+    environ = environ if environ is not None else os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         world = int(environ["WORLD_SIZE"])
         local = int(environ.get("LOCAL_RANK", "0"))
@@ -97,7 +97,7 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> tuple[int, 
     return 0, 1, 0, 1
 
 
-def _first_slurm_host(environ: dict[str, str]) -> str:
+def _first_slurm_host(environ: MutableMapping[str, str]) -> str:
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
     if "[" not in hosts:
         return hosts.split(",")[0]
