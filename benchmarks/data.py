@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -120,7 +121,7 @@ def opencv(path: str, wanted: list[int]) -> float:
 
 def decode(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Median milliseconds a clip, by file and method."""
-    torchcodec = None
+    torchcodec: Any = None
     if arguments.torchcodec_python:
         command = [arguments.torchcodec_python, "-c", _TORCHCODEC]
         torchcodec = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -212,10 +213,10 @@ def read(arguments: argparse.Namespace) -> list[dict[str, object]]:
                         reader.read("train", number, meta=False)
 
             def wds(path: Path = tar_path) -> None:
-                for _ in webdataset.WebDataset(str(path), shardshuffle=False).shuffle(1000):
+                for _ in webdataset.compat.WebDataset(str(path), shardshuffle=False).shuffle(1000):
                     pass
 
-            row: dict[str, object] = {"samples": name}
+            row: dict[str, Any] = {"samples": name}
             methods = {
                 "cat": cat,
                 "ours, in order": lambda ours=ours, order=sorted(order): ours(order),
@@ -260,7 +261,7 @@ def shard(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     )
                 )
             found["ffmpeg clips/s"].append(len(files) / (time.perf_counter() - begun))
-    row: dict[str, object] = {"clips": len(files)} | {name: statistics.median(values) for name, values in found.items()}
+    row: dict[str, float] = {"clips": len(files)} | {name: statistics.median(values) for name, values in found.items()}
     pairs = zip(*found.values(), strict=True)
     return [row | {"diffmae / ffmpeg": statistics.median(ours / theirs for ours, theirs in pairs)}]
 

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -98,7 +99,7 @@ def main() -> None:
         return
     source, target = arguments.folder.resolve(), arguments.out and arguments.out.resolve()
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name != "README.md"]
-    table: dict[str, dict[str, object]] = {str(path.relative_to(source)): {} for path in files}
+    table: dict[str, dict[str, Any]] = {str(path.relative_to(source)): {} for path in files}
     before = psutil.Process().num_fds()
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)

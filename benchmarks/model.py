@@ -43,7 +43,7 @@ DECODERS = {"small": (192, 3), "base": (384, 6)}  # VideoMAE's own, 4 blocks
 ARMS = ("transformers VideoMAE", "mae, joint", "diffmae, cross_self", "diffmae, cross, loss_tokens 0.5")
 
 
-def settings(size: str, arm: str) -> ModelSettings:
+def settings(size: Any, arm: str) -> ModelSettings:
     """Ours for an arm: an equal joint decoder for `mae`, the default video decoder for `diffmae`."""
     width, heads = DECODERS[size]
     if arm == "mae, joint":
@@ -73,7 +73,7 @@ def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: boo
             decoder_num_hidden_layers=4,
             decoder_intermediate_size=4 * width,
             use_mean_pooling=False,
-            attn_implementation="sdpa",
+            **{"attn_implementation": "sdpa"},
         )
         peer, theirs = VideoMAEForPreTraining(config).train(), clips.transpose(1, 2).contiguous()
         parameters = list(peer.parameters())
@@ -181,7 +181,7 @@ def memory(sizes: list[str], types: list[str], batch: int) -> list[dict[str, Any
     return rows
 
 
-def sample(size: str, pixels: int, chains: list[int]) -> list[dict[str, Any]]:
+def sample(size: Any, pixels: int, chains: list[int]) -> list[dict[str, Any]]:
     """A sampling step with the encoding kept beside one that encodes again; chains of DDIM and of DDPM steps."""
     model = DiffMAE(ModelSettings(preset=size, size=(pixels, pixels))).eval()
     clips = torch.randn(1, 3, 16, pixels, pixels, generator=torch.Generator().manual_seed(0))

@@ -73,6 +73,7 @@ def run_seed(
         if (out / "eval.json").exists():
             shutil.rmtree(out)
         result = evaluate(Job(checkpoint=str(run), data=str(shards), device="cpu", out=out), "tennis7")
+        assert result is not None  # no dry run
         scores[arm] = {views: one.top1 for views, one in result.scores.items()}
     result = {"seed": seed, "top1": scores, "cpu_seconds": seconds}
     done.write_text(json.dumps(result, indent=1))
@@ -134,7 +135,7 @@ def main() -> None:
         "finetune": [*arguments.overrides, *arguments.set_finetune],
     }
     recipe = str(Path(arguments.recipe).resolve())
-    arms = arguments.arms or list(ARMS)
+    arms: list[str] = arguments.arms or list(ARMS)
     results = [run_seed(seed, work, work / "shards", recipe, overrides, arms) for seed in range(arguments.seeds)]
     (work / "tennis7.json").write_text(json.dumps(results, indent=1))
     print(markdown(results))

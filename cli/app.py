@@ -19,7 +19,7 @@ from diffmae_video.files import printable
 from diffmae_video.training.signals import Interruption, interruptible
 
 # Typer carries its own copy of click since 0.26 and used click's before: take the class from where it is
-ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _COMMANDS: dict[str, Callable[..., Any] | typer.Typer] = {
     **demo.COMMANDS,
     **shard.COMMANDS,
@@ -83,7 +83,7 @@ class _Commands(TyperGroup):
         super().__init__(**options)
         self.commands = _LazyCommands()  # type: ignore[assignment]
 
-    def format_commands(self, context: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         """A line for each command, without making its options."""
         lines = []
         for name, part in _COMMANDS.items():

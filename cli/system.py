@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -51,7 +51,7 @@ def show_recipe(
 
     if stage not in Stage.__args__:
         raise UsageError(f"--stage {stage} is not one of {', '.join(Stage.__args__)}; choose one of them.")
-    typer.echo(settings_toml(load_settings(name, stage, tuple(overrides or ()))), nl=False)
+    typer.echo(settings_toml(load_settings(name, cast(Stage, stage), tuple(overrides or ()))), nl=False)
 
 
 COMMANDS = {"doctor": doctor, "recipes": recipes_app}

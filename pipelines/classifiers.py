@@ -12,7 +12,7 @@ from diffmae_video.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 FIXED_BY_WEIGHTS = (
     *("preset", "width", "depth", "heads", "mlp_ratio", "tubelet", "patch", "class_token", "positions"),
@@ -105,9 +105,7 @@ def load_classifier(
     return loaded
 
 
-def settings_beside(
-    source: str | Path, model: nn.Module, overrides: Sequence[str] = (), seed: int | None = None
-) -> Settings:
+def settings_beside(source: str | Path, model: Any, overrides: Sequence[str] = (), seed: int | None = None) -> Settings:
     """Settings of the run that made a model: config.toml beside its weights, or what model.json tells.
 
     MAE-ST's weights have seen clips at 30 frames a second.

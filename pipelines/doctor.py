@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -93,20 +94,22 @@ def _devices() -> list[Finding]:
 
 def _codecs() -> list[Finding]:
     import av
+    from av.codec.codec import UnknownCodecError
 
-    findings = [Finding("FFmpeg (in PyAV)", ", ".join(f"{k} {'.'.join(map(str, v))}" for k, v in _libraries(av)))]
-    for name, mode, use in (
+    uses: tuple[tuple[str, Literal["r", "w"], str], ...] = (
         ("h264", "r", "reading most clips"),
         ("libx264", "w", "shards and rendered video"),
         ("hevc", "r", "reading phone clips"),
         ("libdav1d", "r", "reading AV1"),
         ("ffv1", "w", "--lossless"),
         ("aac", "r", "keeping audio"),
-    ):
+    )
+    findings = [Finding("FFmpeg (in PyAV)", ", ".join(f"{k} {'.'.join(map(str, v))}" for k, v in _libraries(av)))]
+    for name, mode, use in uses:
         try:
             av.Codec(name, mode)
             findings.append(Finding(f"codec {name}", f"present ({use})"))
-        except av.codec.codec.UnknownCodecError:
+        except UnknownCodecError:
             needed = name in ("h264", "libx264", "ffv1")
             findings.append(Finding(f"codec {name}", f"absent ({use})", "pip install --force-reinstall av", needed))
     return findings

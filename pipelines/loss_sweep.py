@@ -86,7 +86,7 @@ def loss_sweep(
         for part in stream:
             kept = part.clips[: clips - seen].to(place)
             pixels = loaded.prepare(kept)  # (B, C, T, H, W)
-            shape = grid_shape(*pixels.shape[2:], settings.model.tubelet, settings.model.patch)
+            shape = grid_shape(*pixels.shape[2:], tubelet=settings.model.tubelet, patch=settings.model.patch)
             seeds = part.seeds[: len(kept)]
             for ratio in ratios:
                 mask = make_mask("random", ratio, shape, seeds).to(place)

@@ -77,8 +77,7 @@ def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, 
     pool = "class" if settings.finetune.pool == "class" else "mean"
     classifier = Classifier(copy.deepcopy(loaded.model.encoder), classes, pool=pool).cpu().eval()
     with torch.no_grad():
-        classifier.head.weight.copy_(fitted.weight)
-        classifier.head.bias.copy_(fitted.bias)
+        classifier.head.load_state_dict({"weight": fitted.weight, "bias": fitted.bias})
     return classifier, {"penalty": fitted.penalty, "held_out_top1": fitted.held_out_top1}
 
 

@@ -115,13 +115,11 @@ class Classifier(nn.Module):
             nn.init.normal_(self.head.weight, std=self.head_init, generator=generator)
             nn.init.zeros_(self.head.bias)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must not touch."""
         names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return names | ({"attention.query"} if self.attention is not None else set())
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer of each parameter, for layer-wise decay."""
         groups = self.encoder.group_matcher(coarse, prefix="encoder.")
@@ -129,7 +127,6 @@ class Classifier(nn.Module):
             groups["blocks"] = groups["blocks"][:1]
         return groups
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
         """Recompute blocks in the backward pass, or with `selective` what is cheap in them."""
         self.encoder.set_grad_checkpointing(enable)

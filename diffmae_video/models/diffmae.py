@@ -48,7 +48,9 @@ class Draw(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Draw:
         """The same draw on `device`."""
-        return Draw(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in self))
+        keep = None if self.keep is None else self.keep.to(device, non_blocking=non_blocking)
+        moved = (x.to(device, non_blocking=non_blocking) for x in (self.timestep, self.noise))
+        return Draw(*moved, keep)
 
 
 class DiffMAEOutput(NamedTuple):
@@ -82,6 +84,8 @@ class DiffMAE(nn.Module):
         self.tubelet, self.patch = model.tubelet, model.patch
         self.objective: Objective = registry.objectives.get(model.objective)()
         self.schedule = Schedule.make(self.diffusion.schedule, self.diffusion.timesteps, self.diffusion.rho)
+        self.signal: Tensor
+        self.sigma: Tensor
         self.register_buffer("signal", self.schedule.signal.float(), persistent=False)
         self.register_buffer("sigma", self.schedule.sigma.float(), persistent=False)
         self.patch_values = values = model.tubelet * model.patch**2 * 3
@@ -264,7 +268,7 @@ class DiffMAE(nn.Module):
         if "eta" in inspect.signature(sampling).parameters:
             options["eta"] = eta
         for step in sampling(denoise, x_T, self.schedule, steps if self.objective.noise else 1, **options):
-            yield SampleStep(*step, to_clips)
+            yield SampleStep(step.step, step.timestep, step.x_t, step.x_0, to_clips)
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +307,6 @@ class DiffMAE(nn.Module):
 
     # --- timm's vocabulary ------------------------------------------------------------------------------------------
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must not touch."""
         names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
@@ -313,12 +316,10 @@ class DiffMAE(nn.Module):
             if "decoder.positions." in name or name.endswith(("mask_token", "cls_token", "class_position"))
         }
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer of each parameter of the encoder; the decoder counts as the head."""
         return self.encoder.group_matcher(coarse, prefix="encoder.")
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
         """Recompute blocks of encoder and decoder in the backward pass, or with `selective` what is cheap in them."""
         self.encoder.set_grad_checkpointing(enable)

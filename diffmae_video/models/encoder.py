@@ -146,17 +146,15 @@ class Encoder(nn.Module):
         return self.norm(x) if norm else x, features
 
     def _embeddable(self, clips: Tensor, visible: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
-        shape = grid_shape(*clips.shape[2:], self.tubelet, self.patch)
+        shape = grid_shape(*clips.shape[2:], tubelet=self.tubelet, patch=self.patch)
         patches = patchify(clips, self.tubelet, self.patch)  # (B, N, P)
         return patches if visible is None else gather_tokens(patches, visible), shape
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must not touch (timm's name)."""
         tables = {f"positions.{name}" for name, _ in self.positions.named_parameters()}
         return tables | ({"cls_token"} if self.cls_token is not None else set())
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, Any]:
         """Which layer each parameter belongs to, for layer-wise decay and freezing (timm's name)."""
         return {
@@ -164,7 +162,6 @@ class Encoder(nn.Module):
             "blocks": [(rf"^{prefix}blocks\.(\d+)", None), (rf"^{prefix}norm", (99999,))],
         }
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
         """Recompute blocks in the backward pass, or with `selective` what is cheap in them (timm's name)."""
         self.checkpointing = enable

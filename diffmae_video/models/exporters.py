@@ -275,4 +275,5 @@ def _write_onnx(model: DiffMAE | Classifier, directory: Path) -> None:
             verbose=False,
         )
     network.train(training)
+    assert program is not None  # the exporter of torch.export always gives one
     program.save(str(directory / "model.onnx"))

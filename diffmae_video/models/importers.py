@@ -467,7 +467,8 @@ def _positions(tensors: Tensors, prefix: str, settings: ModelSettings) -> Tensor
     if f"{prefix}pos_embed_spatial" in tensors:
         spatial = tensors.pop(f"{prefix}pos_embed_spatial")  #   (1, S, D)
         temporal = tensors.pop(f"{prefix}pos_embed_temporal")  # (1, T/t, D)
-        place = {"class": tensors.pop(f"{prefix}pos_embed_class", None)}
+        at_class = tensors.pop(f"{prefix}pos_embed_class", None)
+        place: Tensors = {} if at_class is None else {"class": at_class}
         if kind == "joint":
             return place | {"joint": (temporal[:, :, None] + spatial[:, None]).flatten(1, 2)}
         return place | {"spatial": spatial, "temporal": temporal}
@@ -475,7 +476,7 @@ def _positions(tensors: Tensors, prefix: str, settings: ModelSettings) -> Tensor
     if table is None:
         return {}
     classes = table.shape[1] - (times * places if kind == "joint" else places)
-    place = {"class": table[:, :1] if classes else None}
+    place = {"class": table[:, :1]} if classes else {}
     if kind == "joint":
         return place | {"joint": table[:, classes:]}
     return place | {"spatial": table[:, classes:], "temporal": torch.zeros(1, times, table.shape[2])}

@@ -237,6 +237,7 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
+        self.omega: Tensor
         omega = torch.exp(-math.log(10000) * torch.arange(frequencies // 2, dtype=torch.float32) / (frequencies // 2))
         self.register_buffer("omega", omega, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))

@@ -72,7 +72,8 @@ def scatter_tokens(tokens: Tensor, index: Tensor, values: Tensor, valid: Tensor 
 
 def _statistics(pixel_norm: str, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     mean, std = PIXEL_NORMS[pixel_norm]
-    return tuple(torch.tensor(values, dtype=torch.float32, device=like.device).view(shape) for values in (mean, std))
+    options = {"dtype": torch.float32, "device": like.device}
+    return torch.tensor(mean, **options).view(shape), torch.tensor(std, **options).view(shape)
 
 
 def normalize_pixels(clips: Tensor, pixel_norm: str) -> Tensor:

@@ -53,7 +53,7 @@ class Paste:
     def __init__(self, clips: Tensor, mask: Mask, known: Tensor | None, tubelet: int, patch: int) -> None:
         self.mask, self.tubelet, self.patch = mask, tubelet, patch
         times = mask.batch // len(clips)
-        self.shape = grid_shape(*clips.shape[2:], tubelet, patch)
+        self.shape = grid_shape(*clips.shape[2:], tubelet=tubelet, patch=patch)
         self.clips = clips.repeat_interleave(times, 0)  #                        (B', C, T, H, W)
         self.patches = patchify(clips, tubelet, patch).repeat_interleave(times, 0)  # (B', N, P)
         self.truth = gather_tokens(self.patches, mask.masked)  #                 (B', M, P), what stands under the mask

@@ -33,6 +33,8 @@ class ImageTeacher(nn.Module):
         self, network: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.network, self.size = network.eval().requires_grad_(False), size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)

@@ -71,7 +71,7 @@ class PretrainTask:
 
     def _prepare(self, batch: Batch, device: torch.device, mask: MaskSettings | MaskChoice) -> tuple[Tensor, Mask]:
         clips = normalize_pixels(batch.clips.to(device, non_blocking=True), self.settings.model.pixel_norm)
-        shape = grid_shape(*clips.shape[2:], self.model.tubelet, self.model.patch)  # clips (B, C, T, H, W)
+        shape = grid_shape(*clips.shape[2:], tubelet=self.model.tubelet, patch=self.model.patch)
         return clips, make_mask(mask.kind, mask.ratio, shape, mask_seeds(batch.seeds)).to(device)
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:

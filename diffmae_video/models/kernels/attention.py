@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.layers import Attention
@@ -135,7 +136,7 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], 
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return blocked_attention_backward(grad, *ctx.saved_tensors)
 
 
