@@ -102,10 +102,10 @@ def overhead(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shards, steps = make_shards(folder), options.steps or 600
     out = folder / "run"
     finish(pretrain(shards, out, "demo", [f"train.steps={steps}", "train.checkpoint_every=200"]))
-    columns = ("overhead", "aside", "data_wait", "clips_per_s")
+    columns = ("overhead", "other_s", "data_wait", "clips_per_s")
     found = {name: statistics.mean(lines_of(out, name, after=50)) for name in columns}
-    print("| overhead | saving aside | waiting for data | clips/s |\n|---|---|---|---|")
-    print(f"| {found['overhead']:.2%} | {found['aside']:.2%} | {found['data_wait']:.2%} | {found['clips_per_s']:.1f} |")
+    print("| overhead | s of saving, a line | waiting for data | clips/s |\n|---|---|---|---|")
+    print("| {overhead:.2%} | {other_s:.3f} | {data_wait:.2%} | {clips_per_s:.1f} |".format(**found))
     return {"model": "demo (nano, batch 16)", "steps": steps, **{name: round(v, 5) for name, v in found.items()}}
 
 

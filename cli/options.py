@@ -69,6 +69,15 @@ ResumeOption = Annotated[
     str,
     typer.Option("--resume", metavar="auto|never|PATH", envvar="DIFFMAE_RESUME", help="Continue an interrupted run."),
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory",
+        metavar="24GiB",
+        envvar="DIFFMAE_DEVICE_MEMORY",
+        help="For --dry-run: memory of a device that is not here.",
+    ),
+]
 ProfileOption = Annotated[
     int,
     typer.Option("--profile", min=0, metavar="N", envvar="DIFFMAE_PROFILE", help="Trace N steps with the profiler."),
@@ -96,6 +105,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "nproc": (NprocOption, 1),
     "resume": (ResumeOption, "auto"),
     "dry_run": (DryRunOption, False),
+    "device_memory": (DeviceMemoryOption, None),
     "profile": (ProfileOption, 0),
 }
 """Shared options by parameter name: how each is written, and its default."""

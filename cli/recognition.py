@@ -33,7 +33,7 @@ class ProbeProtocol(str, Enum):
     knn = "knn"
 
 
-@shares("data", "recipe", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run")
+@shares("data", "recipe", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run", "device_memory")
 def finetune(
     task: TaskOption,
     init: Annotated[

@@ -12,7 +12,7 @@ from diffmae_video.cli.options import job_of, kind_of, shares
 
 @shares(
     *("video", "image", "joint", "data", "recipe", "overrides", "out"),
-    *("seed", "device", "nproc", "resume", "dry_run", "profile"),
+    *("seed", "device", "nproc", "resume", "dry_run", "device_memory", "profile"),
 )
 def pretrain(
     throughput: Annotated[

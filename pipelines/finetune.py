@@ -14,8 +14,10 @@ from diffmae_video.pipelines.run import RunFolder, launch, launches, open_run
 if TYPE_CHECKING:
     import torch
 
+    from diffmae_video.config import Settings
     from diffmae_video.pipelines.classifiers import Loaded
     from diffmae_video.pipelines.finetune_plan import FinetunePlan
+    from diffmae_video.training.footprint import Footprint
 
 _SHOWN = ("loss", "train_top1", "val_loss", "val_top1", "val_top5")
 
@@ -81,6 +83,8 @@ def finetune(job: Job, task: str, init: str = "auto", protocol: str | None = Non
 
 def _train(plan: FinetunePlan, run: RunFolder) -> FinetuneResult:
     """Fine-tune through the training loop."""
+    from diffmae_video.pipelines.finetune_plan import measure_classifier
+    from diffmae_video.pipelines.plan import settle_parts
     from diffmae_video.pipelines.run_report import write_run_report
     from diffmae_video.registry import tasks
     from diffmae_video.training.loop import train
@@ -89,7 +93,12 @@ def _train(plan: FinetunePlan, run: RunFolder) -> FinetuneResult:
     assert run.processes is not None
     setup = TaskSetup(plan.settings, run.processes, plan.facts, plan.source, console.say)
     task = tasks.get(plan.settings.train.task or "finetune").build(setup)
-    result = train(task, plan.settings, replace(run, report=write_run_report))
+
+    def cost(settings: Settings, clips: int) -> Footprint:
+        return measure_classifier(settings, plan.manifest, clips)
+
+    parts = settle_parts(plan.settings, run.processes, cost)
+    result = train(task, plan.settings, replace(run, report=write_run_report, parts=parts))
     metrics = {key: result.metrics[key] for key in _SHOWN if key in result.metrics}
     return FinetuneResult(run.directory, plan.task, plan.facts["init"], result.step, metrics)
 

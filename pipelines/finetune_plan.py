@@ -20,13 +20,13 @@ from diffmae_video.pipelines.classifiers import CLIP_FACTS, FIXED_BY_WEIGHTS
 from diffmae_video.pipelines.find import find_init, find_task_shards
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.plan import Plan, make_plan, print_plan
-from diffmae_video.pipelines.recipes import choose_recipe
+from diffmae_video.pipelines.recipes import choose_recipe, planned_device
 from diffmae_video.pipelines.tasks import open_task_shards
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training.distributed import ranks_from_environment
 from diffmae_video.training.finetuning import freeze_first
 from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
-from diffmae_video.training.hardware import pick_device
+from diffmae_video.training.hardware import parse_memory
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _read_description(source: str) -> dict[str, Any]:
 def _choose_recipe(job: Job, task: str, description: dict[str, Any] | None, manifest: Manifest) -> tuple[str, str]:
     if job.recipe != "auto":
         return job.recipe, "chosen by --recipe"
-    place = pick_device(job.device).type
+    place = planned_device(job).type
     if description and place == "cuda":
         own = f"finetune-{task}-{description['model'].get('preset')}"
         if own in recipe_names():
@@ -174,7 +174,7 @@ def describe_plan(plan: FinetunePlan, job: Job) -> None:
         work = f"one pass for the features{f', {work}' if settings.finetune.protocol == 'attentive' else ''}"
     console.say(
         f"Plan: {settings.finetune.protocol} of {settings.model.preset} at {settings.model.frames}x{size}, {counts}, "
-        f"{work} on {pick_device(job.device).type}."
+        f"{work} on {planned_device(job).type}."
     )
 
 
@@ -197,8 +197,9 @@ def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
         samples,
         sum(shard.bytes for shard in manifest.shards if shard.split in splits),
         world=world,
-        device=pick_device(job.device),
-        cost=measure_classifier(settings, manifest, settings.train.batch_size // (world * settings.train.accumulate)),
+        device=planned_device(job),
+        memory=parse_memory(job.device_memory) if job.device_memory else None,
+        measured=lambda changed, clips: measure_classifier(changed, manifest, clips),
     )
     print_plan(predicted, world)
     return predicted

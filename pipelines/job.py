@@ -41,6 +41,8 @@ class Job:
     """`auto` continues an interrupted run, `never` does not, a path names the run or checkpoint to start from."""
     dry_run: bool = False
     """Print the plan and make nothing."""
+    device_memory: str | None = None
+    """Memory of each device, e.g. `24GiB`, for the plan of a dry run on another machine; without it, of this one."""
 
     def __post_init__(self) -> None:
         text = (self.overrides,) if isinstance(self.overrides, str) else tuple(self.overrides)
@@ -59,6 +61,9 @@ class Job:
             raise UsageError(f"--nproc {self.nproc}: give 1 or more processes.")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"--seed {self.seed}: give 0 or more.")
+
+        if self.device_memory is not None and not self.dry_run:
+            raise UsageError("--device-memory is for plans: add --dry-run; a training looks at the device itself.")
 
     def with_(self, **changes: Any) -> Job:
         """A copy with some fields replaced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE, Draw
 from diffmae_video.models.patches import grid_shape
 from diffmae_video.pipelines import console
-from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
-from diffmae_video.training.hardware import choose_precision, peak_flops
+from diffmae_video.training.distributed import Distributed
+from diffmae_video.training.footprint import Footprint, fit, measure_step, shapes_only
+from diffmae_video.training.hardware import choose_precision, free_memory, peak_flops, resolve_precision
 
 ASSUMED_UTILIZATION = 0.4  # of peak; what a plain ViT reaches with SDPA in bf16
 
@@ -28,9 +30,12 @@ class Plan:
     steps: int
     memory_gib: float  # a process
     data_gib: float  # read over the whole run
-    hours: float
+    hours: float | None  # None where nothing is known of the device
     basis: str  # where the hours come from
     precision: str  # `bf16`, `fp16` or `fp32`, and why in brackets
+    micro_batch: int  # clips of one process at once
+    parts: int  # forward and backward passes an optimizer step takes in one process
+    fits: str  # what was compared with what
 
 
 def measure(settings: Settings, clips: int = 1) -> Footprint:
@@ -53,6 +58,46 @@ def measure(settings: Settings, clips: int = 1) -> Footprint:
         return measure_step(model, lambda: model(pixels, masks, draw).loss, settings.train, clips)
 
 
+def fit_batch(
+    settings: Settings, world: int, memory: float, measured: Callable[[Settings, int], Footprint] = measure
+) -> tuple[int, Footprint]:
+    """In how many parts each of `world` processes must compute a batch, and what a step then costs.
+
+    Where `train.accumulate` is a number it is not changed: one part.
+
+    Args:
+        memory: bytes that each process has.
+        measured: cost of a step with so many clips in a micro-batch.
+    """
+    train = settings.train
+    clips = max(1, train.batch_size // (world * train.micro_batches))
+    if train.accumulate != "auto":
+        return 1, measured(settings, clips)
+    return fit(
+        lambda size, parts: measured(with_overrides(settings, train={"accumulate": parts}), size),
+        clips,
+        memory,
+        world if train.sharding == "fsdp" else 1,
+    )
+
+
+def settle_parts(
+    settings: Settings, processes: Distributed, measured: Callable[[Settings, int], Footprint] = measure
+) -> int:
+    """`fit_batch` for a training that is about to begin: rank 0 looks at its device, all take its answer."""
+    parts = 1
+    if processes.main and settings.train.accumulate == "auto":
+        precision = resolve_precision(settings.train.precision, processes.device)
+        memory = free_memory(processes.device, processes.local_world)
+        settled = with_overrides(settings, train={"precision": precision})
+        parts, cost = fit_batch(settled, processes.world, memory, measured)
+        if parts > 1:
+            clips = math.ceil(settings.train.batch_size / processes.world / parts)
+            shown = f"{cost.memory() / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+            console.say(f"Micro-batches: {parts} of {clips} clips for each step and process ({shown}).")
+    return int(processes.broadcast(parts))
+
+
 def make_plan(
     settings: Settings,
     samples: int,
@@ -61,7 +106,8 @@ def make_plan(
     world: int,
     device: torch.device,
     throughput: float | None = None,
-    cost: Footprint | None = None,
+    memory: float | None = None,
+    measured: Callable[[Settings, int], Footprint] = measure,
 ) -> Plan:
     """Predict a run.
 
@@ -71,32 +117,40 @@ def make_plan(
         world: processes.
         device: of each process.
         throughput: clips a second over all processes, where it is known.
-        cost: of a step; that of pre-training without it.
+        memory: bytes that each process has; what is free here without it.
+        measured: cost of a step with so many clips in a micro-batch.
     """
     train = settings.train
     precision, why = choose_precision(device) if train.precision == "auto" else (train.precision, "train.precision")
     settings = with_overrides(settings, train={"precision": precision})
-    micro = max(1, train.batch_size // (world * train.accumulate))
-    cost = cost or measure(settings, micro)
+    memory = free_memory(device, world) if memory is None else memory
+    parts, cost = fit_batch(settings, world, memory, measured)
+    micro = math.ceil(train.batch_size / (world * train.micro_batches) / parts)
     clips = samples * settings.data.repeats
     steps = train.steps or max(1, round(train.epochs * clips / train.batch_size))
     if throughput:
         rate, basis = throughput, f"{throughput:g} clips/s as given"
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        rate, basis = None, "unknown for a device that is not here: give --throughput"
     else:
         peak = peak_flops(str(device), precision)
         rate = world * peak * ASSUMED_UTILIZATION / cost.train_flops
         basis = f"{ASSUMED_UTILIZATION:.0%} of {peak / 1e12:.3g} TFLOP/s x {world} {device.type}, assumed"
+    shards = world if train.sharding == "fsdp" else 1
     passes = steps * train.batch_size / clips
     return Plan(
         cost=cost,
         samples=samples,
         clips_per_epoch=clips,
         steps=steps,
-        memory_gib=cost.memory(world if train.sharding == "fsdp" else 1) / 2**30,
+        memory_gib=cost.memory(shards) / 2**30,
         data_gib=passes * data_bytes / 2**30,
-        hours=steps * train.batch_size / rate / 3600,
+        hours=steps * train.batch_size / rate / 3600 if rate else None,
         basis=basis,
         precision=f"{precision} ({why})",
+        micro_batch=micro,
+        parts=parts * train.micro_batches,
+        fits=f"{cost.memory(shards) / 2**30:.2f} of {memory / 2**30:.2f} GiB",
     )
 
 
@@ -111,8 +165,9 @@ def print_plan(plan: Plan, world: int) -> None:
         ("steps", str(plan.steps)),
         ("precision", plan.precision),
         ("memory a process", f"{plan.memory_gib:.2f} GiB (tensors, allocator; without data workers)"),
+        ("micro-batch", f"{plan.micro_batch} clips, {plan.parts} for each step and process ({plan.fits})"),
         ("data read", f"{plan.data_gib:.2f} GiB"),
-        ("time", f"{console.format_seconds(plan.hours * 3600)} ({plan.basis})"),
-        ("device hours", f"{plan.hours * world:.2f}"),
+        ("time", plan.basis if plan.hours is None else f"{console.format_seconds(plan.hours * 3600)} ({plan.basis})"),
+        ("device hours", "unknown" if plan.hours is None else f"{plan.hours * world:.2f}"),
     ]
     console.table("Plan", ("what", "value"), rows)

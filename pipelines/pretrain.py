@@ -46,6 +46,7 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None) ->
     if launches(job):
         return launch(pretrain, job, kind, throughput)
 
+    from diffmae_video.pipelines.plan import settle_parts
     from diffmae_video.pipelines.pretrain_plan import plan_pretrain, predict_pretrain, useful_flops
     from diffmae_video.pipelines.run_report import write_run_report
     from diffmae_video.registry import tasks
@@ -67,7 +68,9 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None) ->
         )
         try:
             flops = useful_flops(settings) if run.main else None
-            result = train(task, settings, replace(run, report=write_run_report, flops_per_clip=flops))
+            parts = settle_parts(settings, processes)
+            here = replace(run, report=write_run_report, flops_per_clip=flops, parts=parts)
+            result = train(task, settings, here)
         except Stopped:
             if (run.directory / "weights.safetensors").exists():
                 run.record(dataset=dataset, media=kind)

@@ -10,10 +10,10 @@ from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.plan import Plan, make_plan, measure, print_plan
-from diffmae_video.pipelines.recipes import resolve_settings
+from diffmae_video.pipelines.recipes import planned_device, resolve_settings
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training import distributed
-from diffmae_video.training.hardware import core_count, pick_device
+from diffmae_video.training.hardware import core_count, parse_memory
 from diffmae_video.training.task import micro_batch_size
 
 
@@ -39,7 +39,9 @@ def predict_pretrain(settings: Settings, job: Job, manifests: list[Manifest], th
     micro_batch_size(settings.train, world)
     samples = sum(manifest.splits.get(settings.data.split, 0) for manifest in manifests)
     size = sum(shard.bytes for m in manifests for shard in m.shards if shard.split == settings.data.split)
-    plan = make_plan(settings, samples, size, world=world, device=pick_device(job.device), throughput=throughput)
+    memory = parse_memory(job.device_memory) if job.device_memory else None
+    device = planned_device(job)
+    plan = make_plan(settings, samples, size, world=world, device=device, throughput=throughput, memory=memory)
     print_plan(plan, world)
     return plan
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from diffmae_video.config import Settings, Stage, load_settings, with_overrides
 from diffmae_video.training.hardware import pick_device
 
 if TYPE_CHECKING:
     from diffmae_video.data.manifest import Manifest
     from diffmae_video.pipelines.job import Job
+
+
+def planned_device(job: Job) -> torch.device:
+    """The device of a job; with `device_memory` it need not be on this machine.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    if job.device_memory is not None and job.device != "auto":
+        return torch.device(job.device)
+    return pick_device(job.device)
 
 
 def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: str = "video") -> tuple[str, str]:
@@ -46,7 +59,7 @@ def resolve_settings(
     """
     recipe, why = job.recipe, "chosen by --recipe"
     if recipe == "auto":
-        recipe, why = choose_recipe(stage, manifest, pick_device(job.device).type, kind)
+        recipe, why = choose_recipe(stage, manifest, planned_device(job).type, kind)
     settings = load_settings(recipe, stage, job.overrides)
     if job.seed is not None:
         settings = with_overrides(settings, seed=job.seed)

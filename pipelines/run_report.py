@@ -19,7 +19,7 @@ _CURVES = (  # title, columns of metrics.jsonl, logarithmic
     ("Learning rate", ("lr",), False),
     ("Gradient norm", ("grad_norm",), True),
     ("Clips a second", ("clips_per_s",), False),
-    ("Shares of time", ("data_wait", "overhead", "aside", "mfu"), False),
+    ("Shares of time", ("data_wait", "overhead", "mfu"), False),
     ("Memory, GiB", ("peak_memory",), False),
 )
 _FIGURES = {  # column of metrics.jsonl: what it is called, how it is written

@@ -313,8 +313,9 @@ class TrainSettings(Section):
     """Optimizer steps; overrides `epochs`."""
     batch_size: Positive = 64
     """Clips per optimizer step over all processes, accumulation and repeats included."""
-    accumulate: Positive = 1
-    """Micro-batches per optimizer step."""
+    accumulate: Positive | Literal["auto"] = "auto"
+    """Micro-batches per optimizer step; `auto`: as few as the device's memory allows, more when it runs out. Which
+    clips a step sees, and its gradients, do not depend on it."""
     optimizer: str = "adamw"
     """Optimizer, by timm's name (`timm.optim.list_optimizers()`): `adamw`, `lamb`, `lion`, `sgd`, ..."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
@@ -363,6 +364,11 @@ class TrainSettings(Section):
     """Steps to trace with torch's profiler; 0 for none."""
     wandb: bool = False
     """Also log to Weights & Biases (extra `wandb`)."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Batches that the stream gives for one optimizer step; with `auto` the trainer cuts its one batch itself."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 class FinetuneSettings(Section):

@@ -40,7 +40,7 @@ Then = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A whole checkpoint: where it is and the numbers saved with it."""
 
     path: Path
@@ -64,7 +64,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def read_checkpoint(path: Path) -> Found:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Check a checkpoint's files against their sizes and SHA-256.
 
     Raises:
@@ -91,10 +91,10 @@ def read_checkpoint(path: Path) -> Found:
                 raise DataError(f"Checkpoint {path} is damaged in {name}; delete it to use the one before it.")
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Checkpoint {path} has no readable state.json ({error}); delete it.") from error
-    return Found(path, state)
+    return Checkpoint(path, state)
 
 
-def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Found | None:
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; damaged ones are skipped, each with a warning."""
     for path in list_checkpoints(folder):
         try:
@@ -104,7 +104,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Found | None
     return None
 
 
-def load_tensors(found: Found, tensors: dict[str, Tensor], world: int) -> None:
+def load_tensors(found: Checkpoint, tensors: dict[str, Tensor], world: int) -> None:
     """Fill `tensors` in place from a checkpoint, whatever the number of processes that wrote it.
 
     Raises:
@@ -279,7 +279,7 @@ def copy_to_mirror(path: Path, mirror: str) -> None:
         filesystem.put_file(str(path / name), f"{root}/{name}")
 
 
-def fetch_from_mirror(mirror: str, folder: Path, warn: Callable[[str], None]) -> Found | None:
+def fetch_from_mirror(mirror: str, folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Bring the newest whole checkpoint of a mirror into `folder`; None where there is none."""
     import fsspec
 

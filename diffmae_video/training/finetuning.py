@@ -112,7 +112,7 @@ class FinetuneTask:
             classes=len(setup.classes),
             normalize=normalize,
             describe={**{key: value for key, value in before.items() if key == "source"}, **setup.facts},
-            evaluate=lambda network, step: quick_accuracy(network, settings, processes, normalize, micro),
+            evaluate=lambda network, step: quick_accuracy(network, settings, processes, normalize, min(micro, 32)),
             streams=lambda rank, world: open_stream(settings, rank, world),
             seed=settings.seed,
         )
@@ -122,11 +122,15 @@ class FinetuneTask:
         assert self.streams is not None
         return self.streams(rank, world)
 
-    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> LossOutput:
-        """Soft cross entropy of a batch; top-1 is counted against each clip's own label, mixed or not."""
+    def loss(self, model: nn.Module, batch: Any, device: torch.device, part: slice = slice(None)) -> LossOutput:
+        """Soft cross entropy; top-1 is counted against each clip's own label, mixed or not.
+
+        Clips are mixed with others of the whole batch, whatever part of it is computed.
+        """
         clips = self.normalize(batch.clips.to(device, non_blocking=True))  # (B, C, T, H, W)
         labels = batch.labels.to(device, non_blocking=True)
-        mixed, targets = self._mix(clips, labels, int(batch.seeds[0]) ^ self.seed)
+        mixed, targets = (x[part] for x in self._mix(clips, labels, int(batch.seeds[0]) ^ self.seed))
+        labels = labels[part]
         logits = model(mixed)  # (B, K)
         per_sample = soft_cross_entropy(logits, targets)
         top1 = (logits.detach().argmax(dim=-1) == labels).float().mean()

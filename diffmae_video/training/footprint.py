@@ -7,6 +7,7 @@ autocast, activation checkpointing, accumulation and whatever a model does are c
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from diffmae_video.training.state import run_tensors
 # of real steps on a CPU is met within 10% (benchmarks/training.py memory)
 ALLOCATOR_FACTOR = 1.1
 LIBRARY_BYTES = 50 * 2**20
+USABLE_SHARE = 0.9  # of the memory: the rest is for fragments and other kernels
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class Footprint:
         """Bytes that a training process needs; with `shards` processes sharing the model's state (FSDP)."""
         tensors = self.peak_bytes - (self.state_bytes + self.gradient_bytes) * (1 - 1 / shards)
         return ALLOCATOR_FACTOR * tensors + LIBRARY_BYTES
+
+
+def fit(measure: Callable[[int, int], Footprint], clips: int, memory: float, shards: int = 1) -> tuple[int, Footprint]:
+    """In how many parts a batch must be computed to fit into memory.
+
+    Args:
+        measure: (clips at once, parts) -> cost of a step.
+        clips: of the batch in one process.
+        memory: bytes that are there.
+        shards: processes that share the model's state (FSDP).
+
+    Returns:
+        Parts, a power of two (as many as clips where nothing fits), and the cost of a step in them.
+    """
+    parts, cost = 1, measure(clips, 1)
+    while cost.memory(shards) > USABLE_SHARE * memory and parts < clips:
+        parts *= 2
+        cost = measure(math.ceil(clips / parts), parts)
+    return parts, cost
 
 
 @contextlib.contextmanager
@@ -82,7 +103,7 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSetti
         live.watch(tensor)
     states = live.now
     with live, FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
-        for micro in range(min(train.accumulate, 2)):  # the second one meets the gradients of the first
+        for micro in range(min(train.micro_batches, 2)):  # the second one meets the gradients of the first
             with autocast(torch.device("cpu"), train.precision):
                 value = loss()
             if micro == 0:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -68,6 +71,8 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
         `bf16` where the hardware computes in it, `fp16` (with loss scaling) on older GPUs with matrix units for it,
         else `fp32`; and the reason in a few words.
     """
+    if device.type == "cuda" and not torch.cuda.is_available():  # the plan for another machine
+        return "bf16", "assumed of a GPU that is not here"
     if device.type == "cuda":
         # not torch.cuda.is_bf16_supported(): that counts emulation as support
         major, minor = torch.cuda.get_device_capability(device)
@@ -154,6 +159,33 @@ def peak_flops(device: str, precision: str) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def free_memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes that one of `processes` processes on this machine can use: of the GPU's memory, or its share of the main
+    memory (and of what the control group grants)."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
+    free = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return max(0.0, free) / processes
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of `24GiB`, `80 GB` or `512MiB`.
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--device-memory {text} is no size; write it as 24GiB.")
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from diffmae_video.config import Settings, settings_toml, with_overrides
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
 from diffmae_video.files import write_atomic
-from diffmae_video.training.checkpoint import Found, fetch_from_mirror, newest_checkpoint, read_checkpoint
+from diffmae_video.training.checkpoint import Checkpoint, fetch_from_mirror, newest_checkpoint, read_checkpoint
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import choose_precision, peak_memory
 from diffmae_video.training.logging import read_metrics
 from diffmae_video.training.meter import profile_steps
 from diffmae_video.training.run import Run, identity_difference, write_status
 from diffmae_video.training.signals import stop_on_signal
+from diffmae_video.training.stepper import out_of_memory
 from diffmae_video.training.task import Task, TrainResult
 from diffmae_video.training.trainer import Trainer
 
@@ -76,13 +75,10 @@ def train(task: Task, settings: Settings, here: Run) -> TrainResult:
         except Stopped:
             trainer.mark("stopped")
             raise
-        except torch.OutOfMemoryError as error:
-            trainer.mark("failed")
-            raise out_of_memory(settings, distributed, trainer.model) from error
         except Exception as error:
             trainer.mark("failed")
-            if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
-                raise out_of_memory(settings, distributed, trainer.model) from error
+            if out_of_memory(error):
+                raise _memory_error(settings, trainer) from error
             raise
     seconds = time.perf_counter() - began
     return TrainResult(directory, trainer.step, trainer.total, trainer.last, trainer.resumed_from, seconds)
@@ -124,15 +120,22 @@ def _settle_precision(
     return with_overrides(settings, train={"precision": precision})
 
 
-def out_of_memory(settings: Settings, distributed: Distributed, model: nn.Module) -> DiffmaeError:
+def _memory_error(settings: Settings, trainer: Trainer) -> DiffmaeError:
     """Which setting to change, and what that would need."""
-    train = settings.train
-    clips = train.batch_size // (distributed.world * train.accumulate)
+    train, world, parts = settings.train, trainer.distributed.world, trainer.stepper.parts
+    size = train.batch_size // (world * train.micro_batches)  # clips of a batch of one process
+    if train.accumulate == "auto" and world > 1 and size > 1:
+        write_status(trainer.directory, parts=parts)
+        return DiffmaeError(
+            f"Out of memory in one of {world} processes: run the same command again; it then computes each batch of "
+            f"{size} clips in {parts} parts."
+        )
+    clips = math.ceil(size / parts)
     copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, average
-    shards = distributed.world if train.sharding == "fsdp" else 1
-    fixed = copies * sum(p.numel() * p.element_size() for p in model.parameters()) / shards / 2**30
-    activations = max(0.0, peak_memory(distributed.device) - fixed)
-    half = f"train.accumulate={2 * train.accumulate} (about {activations / 2:.1f} GiB of them then)"
+    shards = world if train.sharding == "fsdp" else 1
+    fixed = copies * sum(p.numel() * p.element_size() for p in trainer.model.parameters()) / shards / 2**30
+    activations = max(0.0, peak_memory(trainer.device) - fixed)
+    half = f"train.accumulate={2 * train.micro_batches} (about {activations / 2:.1f} GiB of them then)"
     if clips < 2:
         half = "train.grad_checkpointing=true, or a smaller model.preset"
     return DiffmaeError(
@@ -143,7 +146,7 @@ def out_of_memory(settings: Settings, distributed: Distributed, model: nn.Module
 
 def _find(
     directory: Path, resume: str, mirror: str | None, distributed: Distributed, say: Callable[[str], None]
-) -> Found | None:
+) -> Checkpoint | None:
     """The checkpoint to continue from: rank 0 looks, all read the same one."""
     found = None
     if distributed.main:
@@ -160,4 +163,4 @@ def _find(
             if found is None and mirror:
                 found = fetch_from_mirror(mirror, directory / "checkpoints", say)
     told = distributed.broadcast(None if found is None else [str(found.path), found.state])
-    return None if told is None else Found(Path(told[0]), told[1])
+    return None if told is None else Checkpoint(Path(told[0]), told[1])

@@ -26,7 +26,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self.steps = 0
         self._shown = 0  # steps of the window that were timed here, not carried over from a checkpoint
-        self._spent = {"wait": 0.0, "compute": 0.0, "aside": 0.0}
+        self._spent = {"wait": 0.0, "compute": 0.0, "other": 0.0}
         self._since = time.perf_counter()
         self.total_wait = self.total_time = 0.0
 
@@ -55,15 +55,15 @@ class Meter:
         """Time spent in forward, backward and optimizer."""
         return self._timed("compute")
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    def other(self) -> contextlib.AbstractContextManager[None]:
         """Time that does not count as training: validation, pictures, checkpoints."""
-        return self._timed("aside")
+        return self._timed("other")
 
     def line(self, distributed: Distributed, batch_size: int) -> dict[str, Any]:
         """Means over the window and over ranks, rates, and a fresh window. A collective."""
         sums = self._reduced(distributed)
         now = time.perf_counter()
-        seconds = max(1e-9, now - self._since - self._spent["aside"])
+        seconds = max(1e-9, now - self._since - self._spent["other"])
         wait, compute = self._spent["wait"], self._spent["compute"]
         self.total_wait += wait
         self.total_time += seconds
@@ -73,7 +73,7 @@ class Meter:
             "clips_per_s": round(steps * batch_size / seconds, 3),
             "data_wait": round(wait / seconds, 4),
             "overhead": round(max(0.0, 1 - (wait + compute) / seconds), 4),
-            "aside": round(self._spent["aside"] / max(1e-9, now - self._since), 4),
+            "other_s": round(self._spent["other"], 3),
         }
         self._sums, self.steps, self._shown = {}, 0, 0
         self._spent = dict.fromkeys(self._spent, 0.0)

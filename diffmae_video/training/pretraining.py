@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffmae_video.training.task import LossOutput, TaskSetup
 PICTURE_CLIPS = 4  # clips in a picture
 PICTURE_FRAMES = 8  # columns of a picture, at most
 SPACE_CLIPS = 256  # clips that the statistics of patches come from
+VALIDATION_BATCH = 32  # clips at once: without gradients they fit where training fits
 VALIDATION_CLIPS = 512  # a fixed part of the validation split is enough for a loss curve
 
 
@@ -74,9 +76,11 @@ class PretrainTask:
         shape = grid_shape(*clips.shape[2:], tubelet=self.model.tubelet, patch=self.model.patch)
         return clips, make_mask(mask.kind, mask.ratio, shape, mask_seeds(batch.seeds)).to(device)
 
-    def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:
-        """Mean squared error on the masked patches of a micro-batch."""
-        clips, mask = self._prepare(batch, device, choose_mask(self.masks[batch.source], batch.seeds))
+    def loss(self, model: nn.Module, batch: Batch, device: torch.device, part: slice = slice(None)) -> LossOutput:
+        """Mean squared error on the masked patches; mask, timestep and noise of a clip come from its own seed."""
+        chosen = choose_mask(self.masks[batch.source], batch.seeds)
+        batch = replace(batch, clips=batch.clips[part], seeds=batch.seeds[part])
+        clips, mask = self._prepare(batch, device, chosen)
         output = model(clips, mask, self.model.draw(batch.seeds, mask))
         metrics = {}
         if len(self.masks) > 1:  # a mix: one curve a source; zero where the batch was of another
@@ -92,7 +96,7 @@ class PretrainTask:
             return {}
         total = torch.zeros(3, dtype=torch.float64)  # losses, clips, unreadable samples
         limit = VALIDATION_CLIPS // self.distributed.world
-        size = max(1, self.settings.train.batch_size // self.settings.train.accumulate // self.distributed.world)
+        size = max(1, min(VALIDATION_BATCH, self.settings.train.batch_size // self.distributed.world))
         if self.distributed.world > 1 and self.settings.train.sharding == "fsdp":
             size, limit = min(size, 8), 0  # ranks must compute in step: one batch each, which all of them have
         stream = self.open_validation(size, False)
@@ -169,7 +173,7 @@ def estimate_space(model: DiffMAE, stream: Iterable[Batch]) -> None:
 
 
 def choose_mask(mask: MaskSettings, seeds: Tensor) -> MaskSettings | MaskChoice:
-    """The mask of a micro-batch, by its first seed: one of a mix, as often as its weight says."""
+    """The mask of a batch, by its first seed: one of a mix, as often as its weight says."""
     if not mask.mix:
         return mask
     choices = (mask, *mask.mix)

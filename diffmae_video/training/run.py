@@ -65,6 +65,8 @@ class Run:
     """(total, label, unit) -> context manager with `update(count, **figures)`."""
     report: Callable[[Path], None] | None = None
     """Called on rank 0 with the directory whenever there is something new to show."""
+    parts: int = 1
+    """In how many parts a batch fits into the device's memory, with `train.accumulate = "auto"`."""
     flops_per_clip: float | None = None
     """Forward and backward, for `mfu`."""
 

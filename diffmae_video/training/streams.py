@@ -29,7 +29,7 @@ def open_stream(settings: Settings, rank: int, world: int) -> Any:
         )
         for number, source in enumerate(sources)
     ]
-    return MixedStream(streams, [source.weight for source in sources], settings.train.accumulate)
+    return MixedStream(streams, [source.weight for source in sources], settings.train.micro_batches)
 
 
 def validation_opener(settings: Settings, processes: Distributed) -> Callable[[int, bool], Any]:

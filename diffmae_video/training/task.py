@@ -17,7 +17,7 @@ from diffmae_video.training.distributed import Distributed
 
 
 class LossOutput(NamedTuple):
-    """What a task computes of a micro-batch."""
+    """What a task computes of clips; means over them."""
 
     loss: Tensor  # scalar
     per_sample: Tensor  # (B,)
@@ -61,7 +61,9 @@ class Task(Protocol):
         """An endless stream of this rank's batches, with `state_dict`, `load_state_dict`, `samples_per_epoch`."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> LossOutput: ...
+    def loss(self, model: nn.Module, batch: Any, device: torch.device, part: slice = slice(None)) -> LossOutput:
+        """Loss of the clips `part` of a batch; what is drawn for a clip does not depend on how the batch is cut."""
+        ...
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Metrics of the validation split; called on every rank, the same result on all."""
@@ -96,10 +98,10 @@ def micro_batch_size(train: TrainSettings, world: int, batch_size: int | None = 
         UsageError: the batch does not divide among processes and micro-batches.
     """
     batch_size = batch_size or train.batch_size
-    parts = world * train.accumulate
+    parts = world * train.micro_batches
     if batch_size % parts:
         raise UsageError(
             f"train.batch_size = {batch_size} does not divide into {world} processes x train.accumulate = "
-            f"{train.accumulate}; make it a multiple of {parts}."
+            f"{train.micro_batches}; make it a multiple of {parts}."
         )
     return batch_size // parts

@@ -125,7 +125,7 @@ class Runs:
     @staticmethod
     def metrics(out: Path) -> list[dict[str, Any]]:
         """metrics.jsonl without the columns that depend on the clock."""
-        timed = {"clips_per_s", "data_wait", "overhead", "aside", "mfu", "peak_memory"}
+        timed = {"clips_per_s", "data_wait", "overhead", "other_s", "mfu", "peak_memory"}
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

@@ -220,7 +220,7 @@ def test_out_of_memory_names_the_setting(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretraining.PretrainTask, "loss", loss)
     with pytest.raises(DiffmaeError, match=r"Out of memory with 4 clips .*train\.accumulate=2"):
-        runs.here(tmp_path / "run")
+        runs.here(tmp_path / "run", "train.accumulate=1")
 
 
 def test_nothing_is_unpickled(runs, tmp_path):
