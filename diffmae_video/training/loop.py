@@ -124,18 +124,12 @@ def _memory_error(settings: Settings, trainer: Trainer) -> DiffmaeError:
     """Which setting to change, and what that would need."""
     train, world, parts = settings.train, trainer.distributed.world, trainer.stepper.parts
     size = train.batch_size // (world * train.micro_batches)  # clips of a batch of one process
-    if train.accumulate == "auto" and world > 1 and size > 1:
-        write_status(trainer.directory, parts=parts)
-        return DiffmaeError(
-            f"Out of memory in one of {world} processes: run the same command again; it then computes each batch of "
-            f"{size} clips in {parts} parts."
-        )
     clips = math.ceil(size / parts)
     copies = 4 + (1 if train.ema else 0)  # weights, gradients, two moments, average
     shards = world if train.sharding == "fsdp" else 1
     fixed = copies * sum(p.numel() * p.element_size() for p in trainer.model.parameters()) / shards / 2**30
     activations = max(0.0, peak_memory(trainer.device) - fixed)
-    half = f"train.accumulate={2 * train.micro_batches} (about {activations / 2:.1f} GiB of them then)"
+    half = f"train.accumulate={2 * parts * train.micro_batches} (about {activations / 2:.1f} GiB of them then)"
     if clips < 2:
         half = "train.grad_checkpointing=true, or a smaller model.preset"
     return DiffmaeError(

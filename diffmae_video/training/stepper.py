@@ -54,7 +54,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.train.precision == "fp16")
         self.parts = 1  # in which each batch is computed
         if self.train.accumulate == "auto":
-            self.parts = max(here.parts, here.earlier.get("parts", 1))
+            self.parts = here.parts
         self.skipped = self.overflows = 0
         self.rate = 0.0
         self.bad: dict[str, int] = {}  # unreadable samples by reason
@@ -69,7 +69,7 @@ class Stepper:
         self.skipped, self.overflows = saved["skipped"], saved["overflows"]
         self.scaler.load_state_dict(saved["scaler"])
         if same_world and self.train.accumulate == "auto":
-            self.parts = max(saved["parts"], self.here.earlier.get("parts", 1))
+            self.parts = saved["parts"]
 
     def step(self, batches: Iterator[Batch], number: int, asked_to_stop: bool) -> bool:
         """Take optimizer step `number` (from 0); returns whether any rank was asked to stop. A collective.
@@ -103,8 +103,7 @@ class Stepper:
     def _gradients_that_fit(self, drawn: Sequence[Batch]) -> Gradients:
         """Gradients of the step's batches; where memory runs out, again in twice the parts from the same state.
 
-        With several processes the others would wait for this one in the middle of an exchange: there the run ends, and
-        starts in twice the parts when it is continued.
+        With several processes the others would wait for this one in the middle of an exchange: there the run ends.
         """
         while True:
             generators = torch.get_rng_state(), None if self.device.type != "cuda" else torch.cuda.get_rng_state()
@@ -121,11 +120,9 @@ class Stepper:
 
     def _halve(self, clips: int) -> bool:
         """Twice the parts from now on; whether this step can be tried again."""
-        if self.train.accumulate != "auto" or self.parts >= clips:
+        if self.train.accumulate != "auto" or self.parts >= clips or self.distributed.world > 1:
             return False
         self.parts *= 2
-        if self.distributed.world > 1:
-            return False
         self.here.say(f"Out of memory: each batch is computed in {self.parts} parts from now on.")
         return True
 

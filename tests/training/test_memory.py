@@ -27,12 +27,18 @@ def limited(task: type, most: int, seen: list[int]):
     def loss(self, model, batch, device, part=slice(None)):
         clips = len(batch.clips[part])
         seen.append(clips)
-        torch.rand(())  # whatever was drawn before memory ran out
         if clips > most:
+            torch.rand(())  # whatever was drawn before memory ran out
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, model, batch, device, part)
 
     return loss
+
+
+def values(runs, folder, column: str) -> list[float]:
+    found = [line[column] for line in runs.metrics(folder) if column in line]
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("most", [2, 1])
@@ -44,11 +50,10 @@ def test_a_run_that_is_out_of_memory_goes_on_in_smaller_parts(runs, tmp_path, mo
     tried = [4, 2, 2] if most == 2 else [4, 2, 1, 1, 1, 1]
     assert seen[: len(tried)] == tried
     assert set(seen[len(tried) :]) == {most}
-    one, two = runs.metrics(straight.directory), runs.metrics(cut.directory)
-    for left, right in zip(one, two, strict=True):
-        assert right.get("loss") == pytest.approx(left.get("loss"), rel=1e-4)
-        assert right.get("grad_norm") == pytest.approx(left.get("grad_norm"), rel=1e-3)
-    weights = [runs.final(tmp_path / name)["model.decoder.norm.weight"] for name in ("straight", "cut")]
+    for column in ("loss", "grad_norm", "val_loss"):
+        one, two = (values(runs, result.directory, column) for result in (straight, cut))
+        assert two == pytest.approx(one, rel=1e-3)
+    weights = [runs.final(tmp_path / name)["ema.encoder.patch_embed.proj.weight"] for name in ("straight", "cut")]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
@@ -59,8 +64,8 @@ def test_mixed_clips_of_fine_tuning_stay_mixed_alike(runs, tmp_path, monkeypatch
     monkeypatch.setattr(FinetuneTask, "loss", limited(FinetuneTask, 2, seen))
     runs.finetune(tmp_path / "cut", *plain)
     assert seen[:3] == [4, 2, 2]
-    for left, right in zip(runs.metrics(tmp_path / "straight"), runs.metrics(tmp_path / "cut"), strict=True):
-        assert right.get("loss") == pytest.approx(left.get("loss"), rel=1e-4)
+    one, two = (values(runs, tmp_path / name, "loss") for name in ("straight", "cut"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_a_continued_run_keeps_its_parts(runs, kill_at, tmp_path, monkeypatch):
@@ -79,24 +84,24 @@ def test_a_number_is_not_changed(runs, tmp_path, monkeypatch):
         runs.here(tmp_path / "run", "train.accumulate=2")
 
 
-def test_several_processes_go_on_in_smaller_parts_when_started_again(runs, tmp_path):
+def test_several_processes_say_what_to_set(runs, tmp_path, capfd):
     def before(rank):
         PretrainTask.loss = limited(PretrainTask, 2, [])
 
-    options = ("train.batch_size=8",)
-    assert runs.child(tmp_path / "run", *options, world=2, before=before) != [0, 0]
-    assert runs.child(tmp_path / "run", *options, world=2, before=before) == [0, 0]
+    assert runs.child(tmp_path / "run", "train.batch_size=8", world=2, before=before) == [1, 1]
+    assert "train.accumulate=2" in capfd.readouterr().out
+    assert runs.child(tmp_path / "run", "train.batch_size=8", "train.accumulate=2", world=2, before=before) == [0, 0]
 
 
 def test_parts_are_chosen_from_the_memory_that_is_there():
-    settings = load_settings("video-tiny", "pretrain", SMALL)
-    whole = measure(settings, 16).memory()
+    settings = load_settings("video-tiny", "pretrain", [*SMALL, "train.batch_size=1024"])
+    whole = measure(settings, 1024).memory()
     assert fit_batch(settings, 1, 2 * whole)[0] == 1
     assert fit_batch(settings, 2, 2 * whole)[0] == 1
     half, cost = fit_batch(settings, 1, whole / 0.9 - 1)
     assert half == 2
     assert cost.memory() < whole
-    assert fit_batch(settings, 1, 1.0)[0] == 16  # nothing fits: one clip at a time
+    assert fit_batch(settings, 1, 1.0)[0] == 1024  # nothing fits: one clip at a time
 
 
 def test_a_number_of_micro_batches_is_kept_whatever_the_memory():
@@ -122,9 +127,9 @@ def test_plan_for_a_device_that_is_not_here(small_shards, monkeypatch, tmp_path,
     plan = pretrain(job.with_(overrides=("train.batch_size=22",)), throughput=100.0).plan
     assert plan.precision.startswith("bf16")
     assert plan.micro_batch < 22
-    assert plan.memory_gib <= 0.9 * 24
+    assert plan.memory_gib <= 0.9 * 4
     assert plan.micro_batch == math.ceil(22 / plan.parts)
-    assert "of 24.00 GiB" in capsys.readouterr().out
+    assert "of 4.00 GiB" in capsys.readouterr().out
     assert pretrain(job.with_(overrides=("train.batch_size=2",))).plan.hours is None
 
 
