@@ -123,7 +123,7 @@ def test_the_run_takes_what_the_estimate_says(runs, tmp_path, monkeypatch, capsy
 
 def test_plan_for_a_device_that_is_not_here(small_shards, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DIFFMAE_WORKSPACE", str(tmp_path))
-    job = Job(data=str(small_shards), recipe="video-base", device="cuda", dry_run=True, device_memory="24GiB")
+    job = Job(data=str(small_shards), recipe="video-base", device="cuda", dry_run=True, device_memory="4GiB")
     plan = pretrain(job.with_(overrides=("train.batch_size=22",)), throughput=100.0).plan
     assert plan.precision.startswith("bf16")
     assert plan.micro_batch < 22
