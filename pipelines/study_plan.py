@@ -67,8 +67,14 @@ def _plan(cell: Cell, grid: Grid, manifests: Mapping, device: str) -> tuple[floa
             trained = load_settings(before.recipe, "pretrain", before.overrides)
             settings = with_overrides(settings, model=trained.model.model_dump())
         samples = round(chosen[0].splits.get(settings.data.split, 0) * settings.data.label_fraction)
-        clips = max(1, settings.train.batch_size)
-        cost = measure_classifier(settings, chosen[0], clips)
-        plan = make_plan(settings, samples, 0, world=1, device=place, cost=cost)
+        plan = make_plan(
+            settings,
+            samples,
+            0,
+            world=1,
+            device=place,
+            measured=lambda changed, clips: measure_classifier(changed, chosen[0], clips),
+        )
+    assert plan.hours is not None  # the device is here
     flops = plan.cost.train_flops * plan.steps * settings.train.batch_size
     return flops, plan.memory_gib, plan.hours
