@@ -133,7 +133,7 @@ def test_predicted_peak_against_real_steps(overrides, tmp_path):
     pixels, draw = torch.randn(clips, 3, 8, 112, 112), model.draw(seeds, mask)
 
     def step():
-        for _ in range(settings.train.accumulate):
+        for _ in range(settings.train.micro_batches):
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.train.precision == "bf16"):
                 loss = model(pixels, mask, draw).loss
             loss.backward()

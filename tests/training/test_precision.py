@@ -55,6 +55,7 @@ def test_processors(processor, features, speed, expected, why):
 )
 def test_gpus(monkeypatch, capability, expected):
     """A T4 (7.5) says that it supports bf16, which it emulates."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     name, reason = hardware.choose_precision(torch.device("cuda", 0))
