@@ -32,12 +32,17 @@ _PEAK_BF16 = {
 }
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CONTROL_GROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 _FASTER = 1.2  # bf16 must beat fp32 by this factor where only a timing can tell
 
 
 def core_count() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores this process may use: those it is bound to, and no more than its control group grants time for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        quota, period = (int(part) for part in (_CONTROL_GROUP / "cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -170,8 +175,7 @@ def free_memory(device: torch.device, processes: int = 1) -> float:
         return float(torch.mps.recommended_max_memory())
     free = float(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return max(0.0, free) / processes
 

@@ -146,3 +146,18 @@ def test_plan_of_a_cpu_says_what_fits(capsys):
     plan = make_plan(load_settings("video-tiny", "pretrain", SMALL), 10, 10, world=1, device=torch.device("cpu"))
     assert plan.parts == 1
     assert plan.micro_batch == 16
+
+
+@pytest.mark.parametrize(("granted", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
+def test_cores_are_those_that_the_control_group_grants(monkeypatch, tmp_path, granted, cores):
+    (tmp_path / "cpu.max").write_text(f"{granted}\n")
+    monkeypatch.setattr(hardware, "_CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert hardware.core_count() == cores
+
+
+def test_memory_is_what_the_control_group_leaves(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    monkeypatch.setattr(hardware, "_CONTROL_GROUP", tmp_path)
+    assert hardware.free_memory(torch.device("cpu"), processes=2) == 1_000_000
