@@ -118,8 +118,8 @@ def settings_beside(source: str | Path, model: Any, overrides: Sequence[str] = (
         settings = read_settings(file)
     else:
         told = {key: model.info[key] for key in CLIP_FACTS if model.info.get(key)}
-        if model.info.get("imported_from") == "mae_st":
-            told.setdefault("fps", 30.0)
+        if model.info.get("imported_from") == "mae_st" and "stride" not in told:
+            told["fps"] = 30.0
         settings = validate_settings({"model": model.encoder.settings.model_dump(), "data": told}, str(source))
     changed = override_settings(settings, overrides, seed)
     for name in FIXED_BY_WEIGHTS:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffmae_video.config import DataSettings
-from diffmae_video.data.sampling import frames_by_seconds, frames_by_segments, frames_by_stride
+from diffmae_video.data.sampling import frames_by_seconds, frames_by_segments, frames_by_stride, stride_at
 from diffmae_video.data.transforms import ClipTransform, MixVideo, RandAugment, build_transforms, parse_rand_augment
 from diffmae_video.errors import UsageError
 
@@ -151,3 +151,11 @@ def test_clips_by_segments_take_one_frame_from_each_part() -> None:
 def test_mix_video_smooths_like_timm() -> None:
     _, targets = MixVideo(5, 0.0, 0.0, smoothing=0.1)(torch.zeros(2, 3, 2, 8, 8), torch.tensor([1, 4]), 0)
     assert targets[0].tolist() == pytest.approx([0.02, 0.92, 0.02, 0.02, 0.02])
+
+
+def test_a_stride_shows_clips_at_the_speed_of_training() -> None:
+    assert stride_at(DataSettings(stride=4), 16, 60.0) == 4
+    assert stride_at(DataSettings(stride=4, fps=30.0), 16, 60.0) == 8
+    assert stride_at(DataSettings(stride=4, fps=30.0), 16, 15.0) == 2
+    assert stride_at(DataSettings(clip_seconds=3.2), 16, 30.0) == 6
+    assert stride_at(DataSettings(clip_seconds=0.1), 16, 30.0) == 1
