@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -297,19 +296,14 @@ def read_clips(
 
 
 class VideoReader:
-    """Iterate all frames in display order as (rgb uint8 (H, W, 3), pts in seconds), upright, one at a time.
+    """Iterate all frames in display order as (rgb uint8 (H, W, 3), pts in seconds), upright, one at a time."""
 
-    Args:
-        square: pixels are square, as shown; otherwise the file's own grid of pixels stays.
-    """
-
-    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS, square: bool = True):
-        self.video, self.square = Video(source, limits), square
+    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS):
+        self.video = Video(source, limits)
         self.info = self.video.info
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
         reformatter, display = VideoReformatter(), self.video.display
-        display = display if self.square else display._replace(aspect=Fraction(1))
         first: tuple[int, int] | None = None
         for number, frame in enumerate(self.video.decode_all()):
             first = first or (frame.width, frame.height)

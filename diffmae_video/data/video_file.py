@@ -104,7 +104,7 @@ class VideoFile:
         """
         if self._display is None:
             self._display = PLAIN
-            if not self.known:
+            if not self.known or has_turned_track(self.data):
                 matrix = None
                 if self._may_be_turned():
                     frame = next(iter(self.decode_all()), None)

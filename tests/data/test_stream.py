@@ -302,9 +302,12 @@ def test_ten_million_samples(tmp_path: Path) -> None:
         "format": 1, "dataset": "big", "kind": "video", "classes": [str(i) for i in range(400)], "suffixes": ["mp4"],
         "splits": {"train": count}, "hash": "x", "table": {"sha256": hashlib.sha256(raw).hexdigest()},
         "shards": [
-            {"name": f"t-{i}.tar", "split": "train", "bytes": 1, "sha256": "", "samples": 1000} for i in range(shards)
+            {"name": f"t-{i}.tar", "split": "train", "bytes": 10**7, "sha256": "", "samples": 1000}
+            for i in range(shards)
         ],
     }  # fmt: skip
+    told = [body["table"]["sha256"], body["shards"], body["classes"], body["splits"]]
+    body["hash"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     program = (
         "import sys, time, psutil\n"
