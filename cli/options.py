@@ -59,7 +59,10 @@ DataOption = Annotated[
 CheckpointOption = Annotated[
     str | None,
     typer.Option(
-        "--checkpoint", metavar="PATH", envvar="DIFFMAE_CHECKPOINT", help="Run or weights; the newest by default."
+        "--checkpoint",
+        metavar="PATH|HUB NAME",
+        envvar="DIFFMAE_CHECKPOINT",
+        help="Run or weights, also hf:user/model[@revision] or timm:NAME; the newest by default.",
     ),
 ]
 NprocOption = Annotated[

@@ -40,9 +40,9 @@ def finetune(
         str,
         typer.Option(
             "--init",
-            metavar="auto|scratch|PATH",
+            metavar="auto|scratch|PATH|HUB NAME",
             envvar="DIFFMAE_INIT",
-            help="Weights to start from; auto takes the newest pre-training.",
+            help="Weights to start from, also hf:user/model or timm:NAME; auto takes the newest pre-training.",
         ),
     ] = "auto",
     protocol: Annotated[

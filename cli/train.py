@@ -25,6 +25,15 @@ def pretrain(
             help="Measured rate, for --dry-run's time.",
         ),
     ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init",
+            metavar="scratch|PATH|HUB NAME",
+            envvar="DIFFMAE_INIT",
+            help="Weights to start from: a run, another project's file, hf:user/model[@revision] or timm:NAME.",
+        ),
+    ] = "scratch",
     **options: Any,
 ) -> None:
     """Pre-train DiffMAE on shards; an interrupted run is continued.
@@ -33,7 +42,7 @@ def pretrain(
     """
     from diffmae_video.pipelines import pretrain as stage
 
-    stage.print_pretrain(stage.pretrain(job_of(options), kind_of(options), throughput))
+    stage.print_pretrain(stage.pretrain(job_of(options), kind_of(options), throughput, init))
 
 
 def report(

@@ -47,7 +47,12 @@ def import_command(
             help="Where it comes from: auto (by its names), mae, mae_st, videomae, timm, hf-vitmae, hf-videomae.",
         ),
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pth, .bin, or a Hugging Face folder.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help=".safetensors, .pth, .bin, a Hugging Face folder, or hf:user/model or timm:NAME."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; FILE's name by default.")
     ] = None,

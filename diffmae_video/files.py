@@ -67,6 +67,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what can be had again: `diffmae` in XDG_CACHE_HOME, or in ~/.cache. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "diffmae"
+
+
 def sync_path(path: Path | str) -> None:
     """Wait until a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

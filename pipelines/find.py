@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffmae_video.data.datasets import dataset_names
 from diffmae_video.errors import UsageError
+from diffmae_video.models.hub import is_hub_name, local_weights, model_folder
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -19,12 +20,15 @@ def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tu
 
     Args:
         kind: `finetune` or `pretrain`, what the workspace is asked for.
-        given: `--checkpoint`; the workspace's newest without it.
+        given: `--checkpoint`, a path or a hub name (`models.hub`); the workspace's newest without it.
 
     Raises:
         UsageError: nothing is there.
+        StorageError, DataError: a hub does not answer, or has nothing that can be read.
     """
     if given is not None:
+        if is_hub_name(given):
+            return str(model_folder(str(given))), f"Checkpoint: {given} (--checkpoint)."
         if not Path(given).exists():
             raise UsageError(f"--checkpoint {given}: there is no such file or folder; give a run or its weights.")
         return str(given), f"Checkpoint: {given} (--checkpoint)."
@@ -36,11 +40,17 @@ def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tu
 def find_init(init: str) -> tuple[str | None, str]:
     """The weights a fine-tuning starts from (None: from scratch), and the line that says which.
 
+    Args:
+        init: `auto`, `scratch`, a path or a hub name.
+
     Raises:
         UsageError: nothing is there.
+        StorageError, DataError: a hub does not answer, or has nothing that can be read.
     """
     if init == "scratch":
         return None, "Weights: from scratch (--init scratch)."
+    if is_hub_name(init):
+        return str(model_folder(init)), f"Weights: {init} (--init)."
     if init != "auto":
         if not Path(init).exists():
             raise UsageError(f"--init {init}: there is no such run; give a folder, `scratch` or `auto`.")
@@ -52,6 +62,28 @@ def find_init(init: str) -> tuple[str | None, str]:
             "--init PATH or --init scratch."
         )
     return entry.path, f"Weights: {entry.path} (the newest pre-training)."
+
+
+def find_first_weights(init: str) -> str | None:
+    """The weights a pre-training starts from, ours or another project's; None from scratch.
+
+    Args:
+        init: `scratch`, a path or a hub name.
+
+    Raises:
+        UsageError: nothing is there.
+        StorageError, DataError: a hub does not answer, or has nothing that can be read.
+    """
+    if init == "scratch":
+        return None
+    if is_hub_name(init):
+        return str(local_weights(init))
+    if not Path(init).exists():
+        raise UsageError(
+            f"--init {init}: there is no such file or folder; give a run, another project's weights, or a name on a "
+            "hub (hf:user/model, timm:NAME)."
+        )
+    return init
 
 
 def find_task_shards(job: Job, task: str, configured: str | None = None) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffmae_video.errors import Stopped
 from diffmae_video.pipelines import console
+from diffmae_video.pipelines.find import find_first_weights
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.run import launch, launches, open_run
 from diffmae_video.pipelines.workspace import Workspace
@@ -30,7 +31,7 @@ class PretrainResult:
     plan: Plan | None = None
 
 
-def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None) -> PretrainResult:
+def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None, init: str = "scratch") -> PretrainResult:
     """Pre-train a model, continuing an interrupted run of the same settings and data where there is one.
 
     Args:
@@ -38,14 +39,17 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None) ->
             workspace. `recipe="auto"` chooses by data, device and kind.
         kind: `video`, `image`, or `joint` (sources from `data.sources`, or all that `job.data` names).
         throughput: clips a second, for the predicted time of a dry run.
+        init: weights to start from (`models.initial`): `scratch`, a path, or a name on a hub (`models.hub`).
 
     Raises:
         UsageError, DataError: what cannot be done as asked; Stopped after a signal; DiffmaeError where training fails.
     """
     _expect_data(job, kind)
+    source = find_first_weights(init)
     if launches(job):
-        return launch(pretrain, job, kind, throughput)
+        return launch(pretrain, job, kind, throughput, init)
 
+    from diffmae_video.models.initial import initial_sha256
     from diffmae_video.pipelines.plan import settle_parts
     from diffmae_video.pipelines.pretrain_plan import plan_pretrain, predict_pretrain, useful_flops
     from diffmae_video.pipelines.run_report import write_run_report
@@ -61,10 +65,14 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None) ->
     dataset = "+".join(manifest.dataset for manifest in manifests)
     classes = manifests[0].classes if len(manifests) == 1 else []
     facts = {"dataset": dataset, "classes": classes, "recipe": recipe, "media": kind}
-    identity = run_identity(settings, "pretrain", "+".join(manifest.hash for manifest in manifests))
+    data = "+".join(manifest.hash for manifest in manifests)
+    if source is not None:
+        facts["init"] = init
+        data += f" from {initial_sha256(source)}"
+    identity = run_identity(settings, "pretrain", data)
     with start(job.device) as processes, open_run(job, identity, processes, finished="yield") as run:
         task = tasks.get(settings.train.task or "pretrain").build(
-            TaskSetup(settings, processes, facts, say=console.say)
+            TaskSetup(settings, processes, facts, source, console.say)
         )
         try:
             flops = useful_flops(settings) if run.main else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmae_video.errors import UsageError
+from diffmae_video.models.hub import hub_stem, is_hub_name, local_weights, model_folder
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.workspace import Workspace
 
@@ -25,7 +26,7 @@ def import_file(
 
     Args:
         source: the project, or `auto`.
-        file: its weights.
+        file: its weights, or their name on a hub.
         out: folder; named after the file by default.
         overwrite: write into a folder that holds something.
         size: `HEIGHTxWIDTH` of the pictures it was trained on.
@@ -41,12 +42,12 @@ def import_file(
     from diffmae_video.models.importers import import_weights
     from diffmae_video.models.weights import save_model
 
-    target = out or Path(f"{file.stem}-imported")
+    target = out or Path(f"{hub_stem(file) if is_hub_name(file) else file.stem}-imported")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"--out {target} is not empty; choose a new folder or pass --overwrite.")
     options |= {"size": parse_size(size), "classes": None if classes is None else read_class_names(classes)}
-    model = import_weights(source, file, **options)
-    save_model(model, target)
+    model = import_weights(source, local_weights(str(file)) if is_hub_name(file) else file, **options)
+    save_model(model, target, {"file": str(file)} if is_hub_name(file) else None)
     for problem in model.info["problems"]:
         console.say(f"  {problem}")
     if others := model.info.get("other_tables"):
@@ -106,7 +107,8 @@ def export(
     """Write a model for others, with a model card that holds the workspace's evaluations of these very weights.
 
     Args:
-        checkpoint: a run, export or import; the workspace's newest fine-tuning, else pre-training, by default.
+        checkpoint: a run, export or import, or its name on a hub; the workspace's newest fine-tuning, else
+            pre-training, by default.
         form: one of `models.exporters.FORMATS`.
         out: folder; `export-FORMAT` by default.
         licence: named on the card.
@@ -126,6 +128,8 @@ def export(
         entry = workspace.latest("finetune") or workspace.require("pretrain", "--checkpoint")
         checkpoint = entry.path
         console.say(f"Exporting {checkpoint} (the newest {entry.kind} run).")
+    if is_hub_name(checkpoint):
+        checkpoint = model_folder(str(checkpoint))
     model = load_model(checkpoint)
     found = evaluations_of(Path(checkpoint))
     if found:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from diffmae_video.data.manifest import Manifest, ShardInfo
 from diffmae_video.data.remote import filesystem, join, retry
 from diffmae_video.errors import DataError
-from diffmae_video.files import sha256_of
+from diffmae_video.files import cache_folder, sha256_of
 
 
 class ShardCache:
@@ -31,8 +31,8 @@ class ShardCache:
     """
 
     def __init__(self, manifest: Manifest, folder: str | None = None, gib: float = 50.0):
-        base = folder or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "diffmae")
-        self.manifest, self.base, self.bound = manifest, Path(base), int(gib * 2**30)
+        self.manifest, self.bound = manifest, int(gib * 2**30)
+        self.base = Path(folder) if folder else cache_folder()
         self.folder = self.base / hashlib.sha256(manifest.hash.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ahead: threading.Thread | None = None

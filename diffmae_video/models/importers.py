@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from diffmae_video.config import ModelSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
-from diffmae_video.models.tensors import Tensors, read_tables, tensor_problems
+from diffmae_video.models.patches import PIXEL_NORMS
+from diffmae_video.models.tensors import Tensors, read_tables, tensor_file, tensor_problems
 from diffmae_video.models.weights import DESCRIPTION, WEIGHTS, load_model
 
 SOURCES = ("auto", "mae", "mae_st", "videomae", "timm", "hf-vitmae", "hf-videomae")
@@ -132,7 +133,7 @@ def import_weights(
 
     Args:
         source: one of SOURCES; `auto` looks at the names.
-        file: .safetensors, .pth, or a Hugging Face folder (its config.json is read for heads and sizes).
+        file: .safetensors, .pth, or a folder of Hugging Face's or timm's (its config.json is read too).
         frames: T of the model; 16 for video weights that do not say. More than 1 for 2-D weights inflates them.
         size: (H, W) where the weights do not say; 224 x 224 by default.
         heads: encoder heads, where the width is not that of a published ViT.
@@ -244,7 +245,7 @@ def translate(
         raw: by their own names.
         source: one of SOURCES but `auto`.
         frames: as the other options, see `import_weights`.
-        config: Hugging Face's config.json.
+        config: config.json of Hugging Face or timm.
     """
     config = config or {}
     slowfast = any(name.removeprefix("module.").startswith("pred_head.") for name in raw)
@@ -312,10 +313,8 @@ class _Geometry:
         if not self.flat_image:
             return tensors
         kernel = tensors["patch_embed.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
-        if self.inflated and how == "mean":
-            kernel = kernel.repeat(1, 1, self.tubelet, 1, 1) / self.tubelet
-        elif self.inflated:
-            kernel = torch.cat([torch.zeros_like(kernel)] * (self.tubelet - 1) + [kernel], 2)
+        if self.inflated:
+            kernel = inflate_kernel(kernel, self.tubelet, how)
         # the decoder, if any, predicts single frames: each of the tubelet's starts as a copy
         copies = {
             name: tensors[name].repeat(self.tubelet, *[1] * (tensors[name].dim() - 1))
@@ -323,6 +322,13 @@ class _Geometry:
             if name in tensors and self.inflated
         }
         return {**tensors, **copies, "patch_embed.proj.weight": kernel}
+
+
+def inflate_kernel(kernel: Tensor, tubelet: int, how: str = "central") -> Tensor:
+    """Patch embedding of single frames (D, C, 1, p, p) for tubelets (D, C, t, p, p); see `import_weights`."""
+    if how == "mean":
+        return kernel.repeat(1, 1, tubelet, 1, 1) / tubelet
+    return torch.cat([torch.zeros_like(kernel)] * (tubelet - 1) + [kernel], 2)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -337,11 +343,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     if "hidden_size" in content:
         return content
-    args = content.get("model_args")  # timm's
-    if "architecture" not in content or not isinstance(args, dict):
+    if "architecture" not in content:
         return {}
+    args = content.get("model_args")  # timm's
+    args = args if isinstance(args, dict) else {}
     known = {"num_heads": "num_attention_heads", "img_size": "image_size", "global_pool": "global_pool"}
-    return {ours: args[name] for name, ours in known.items() if name in args}
+    told = {ours: args[name] for name, ours in known.items() if name in args}
+    return {**told, "pretrained_cfg": content.get("pretrained_cfg")}
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
@@ -375,7 +383,7 @@ def _settings(
         "class_token": "cls_token" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "layer_norm_eps": config.get("layer_norm_eps", 1e-6),
-        "pixel_norm": "kinetics" if source == "mae_st" else "imagenet",
+        "pixel_norm": "kinetics" if source == "mae_st" else _pixel_norm(config),
         "positions": "flat" if "pos_embed" not in tensors and "pos_embed_spatial" not in tensors else "learned",
     }
     if fields["positions"] == "learned" and not geometry.flat_image:
@@ -421,6 +429,21 @@ def _has_class_position(tensors: Tensors, places: int) -> bool:
     if table is None and "decoder_pos_embed" in tensors:
         table = tensors["decoder_pos_embed"][:, : tensors["decoder_pos_embed"].shape[1] - places]
     return table is not None and bool(table.any())
+
+
+def _pixel_norm(config: dict[str, Any]) -> str:
+    """How pixels are scaled, by timm's config.json; ImageNet's way where nothing is said."""
+    told = config.get("pretrained_cfg") or {}
+    if "mean" not in told or "std" not in told:
+        return "imagenet"
+    given = [[round(float(value), 3) for value in told[key]] for key in ("mean", "std")]
+    for name, pair in PIXEL_NORMS.items():
+        if [[round(value, 3) for value in values] for values in pair] == given:
+            return name
+    raise DataError(
+        f"Its pixels are scaled by mean {told['mean']} and deviation {told['std']}, which is none of "
+        f"{', '.join(PIXEL_NORMS)}; give weights that were trained on one of these."
+    )
 
 
 def to_ours(tensors: Tensors, settings: ModelSettings) -> Tensors:
@@ -490,8 +513,24 @@ def build(settings: ModelSettings, converted: Tensors, pool: str = "mean") -> Di
     return Classifier(Encoder(settings), classes, pool=pool)
 
 
-def load_pretrained(path: Path | str, source: str = "auto", **options: Any) -> nn.Module:
+def load_pretrained(path: Path | str, source: str = "auto", **options: Any) -> DiffMAE | Classifier:
     """Any weights: our own folder (`model.json` is in it), or another project's file through `import_weights`."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    own = (folder / DESCRIPTION).is_file() and (Path(path).is_dir() or Path(path).name == WEIGHTS)
-    return load_model(path) if own else import_weights(source, path, **options)
+    return load_model(path) if _is_own(path) else import_weights(source, path, **options)
+
+
+def pretrained_file(path: Path | str) -> Path:
+    """The file of weights that `load_pretrained` reads.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(path)
+    if _is_own(path):
+        return (path if path.is_dir() else path.parent) / WEIGHTS
+    return tensor_file(path)
+
+
+def _is_own(path: Path | str) -> bool:
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    return (folder / DESCRIPTION).is_file() and (path.is_dir() or path.name == WEIGHTS)

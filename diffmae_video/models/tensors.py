@@ -35,14 +35,7 @@ def read_tensors(path: Path | str, key: str | None = None) -> Tensors:
 
 def read_tables(path: Path | str, key: str | None = None) -> tuple[Tensors, str | None, list[str]]:
     """`read_tensors`, the key of the table that was taken (None: the file is one), and the keys of other tables."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-        if not found:
-            raise UsageError(f"{path} holds neither model.safetensors nor pytorch_model.bin: name the weights' file.")
-        path = found[0]
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such file; give the weights you downloaded.")
+    path = tensor_file(path)
     if path.suffix == ".safetensors":
         try:
             tensors = safetensors.torch.load_file(path)
@@ -89,6 +82,23 @@ def _is_table(content: dict) -> bool:
 def _holds_tensors(content: dict) -> bool:
     """Whether a table of tensors stands here or one level below (a Lightning or DeepSpeed container)."""
     return _is_table(content) or any(isinstance(value, dict) and _is_table(value) for value in content.values())
+
+
+def tensor_file(path: Path | str) -> Path:
+    """The file that `read_tensors` reads for a path; Hugging Face's names are looked for in a folder.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        if not found:
+            raise UsageError(f"{path} holds neither model.safetensors nor pytorch_model.bin: name the weights' file.")
+        path = found[0]
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file; give the weights you downloaded.")
+    return path
 
 
 def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

@@ -15,6 +15,7 @@ from diffmae_video.config import MaskChoice, MaskSettings, Settings
 from diffmae_video.data.stream import Batch
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.initial import start_from
 from diffmae_video.models.patches import denormalize_pixels, grid_shape, normalize_pixels, patchify, unpatchify
 from diffmae_video.registry import tasks
 from diffmae_video.training.distributed import Distributed
@@ -59,9 +60,15 @@ class PretrainTask:
 
     @classmethod
     def build(cls, setup: TaskSetup) -> PretrainTask:
-        """A new DiffMAE by the settings; `init` is not for this task."""
+        """A new DiffMAE by the settings, with the weights of `setup.init` where they fit.
+
+        Raises:
+            UsageError: the encoder of those weights is another one.
+        """
         settings = setup.settings
         model = DiffMAE(settings.model, settings.diffusion, seed=settings.seed)
+        if setup.init is not None:
+            setup.say(start_from(model, setup.init, setup.facts.get("init")))
         if model.space.missing:  # a run that is continued brings its own in its checkpoint
             with contextlib.closing(open_stream(settings, 0, 1)) as stream:
                 estimate_space(model, stream)
