@@ -266,6 +266,8 @@ class DataSettings(Section):
     """Decoding processes per training process; 0 decodes in the training process."""
     prefetch: Count = 2
     """Batches each worker keeps ready."""
+    decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
+    """Library that decodes clips for training and validation; `auto` is PyAV, the faster one on our shards."""
     shuffle_block: Positive = 16
     """Shards that are shuffled together."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

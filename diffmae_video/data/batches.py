@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffmae_video.config import DataSettings
+from diffmae_video.data.backends import load_torchcodec, open_video
 from diffmae_video.data.datasets import is_directional
-from diffmae_video.data.decode import Video
 from diffmae_video.data.images import open_image, to_rgb
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.media import MEDIA_SUFFIXES
@@ -101,6 +101,8 @@ class ClipReader(Dataset):
         self.transform = build_transforms(data, plan.size, plan.training, self.directional)
         self.table = manifest.samples(plan.split)
         self.reader: ShardReader | None = None
+        if data.decoder == "torchcodec":
+            load_torchcodec()  # what keeps it from loading is said here, not in a worker
 
     def close(self) -> None:
         """Close the shards that this process reads by itself (without workers); reading on opens them again."""
@@ -178,7 +180,7 @@ class ClipReader(Dataset):
         columns = (self.table.frames, self.table.width, self.table.height)
         frames, width, height = (int(column[sample]) for column in columns)
         known = self.manifest.encoded and bool(frames and width and height)
-        with Video(stored.data, known=known) as video:
+        with open_video(stored.data, self.data.decoder, known=known) as video:
             if not known:
                 info = video.info
                 frames, width, height = info.frames, info.width, info.height
