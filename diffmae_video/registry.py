@@ -73,6 +73,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is none; the message lists the names.
         """
+        if name in self._parts or any(name in _registered(home, self.variable) for home in self.homes):
+            return name  # without a look at every installed package
         known = self.names()
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

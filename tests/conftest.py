@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run in parallel processes
 
+import diffmae_video.compat  # noqa: F401 - before timm and transformers, which import torchvision
+
 import pytest
 import torch
 

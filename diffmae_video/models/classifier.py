@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from diffmae_video.models.checkpointing import Checkpointing
 from diffmae_video.models.encoder import Encoder, drop_path_rates
-from diffmae_video.models.layers import seeded
+from diffmae_video.models.hub import HubModel
+from diffmae_video.models.layers import DropPath, seeded
 
 POOLS = ("mean", "class", "attentive")
 
@@ -38,7 +38,7 @@ class AttentivePool(nn.Module):
         return self.proj(pooled.transpose(1, 2).flatten(2))[:, 0]
 
 
-class Classifier(nn.Module):
+class Classifier(HubModel, nn.Module):
     """Encoder, pooling, dropout and a linear head.
 
     Args:

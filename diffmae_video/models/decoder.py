@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from diffmae_video.config import ModelSettings
@@ -19,15 +18,18 @@ from diffmae_video.models.checkpointing import Checkpointing, run_block
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.layers import (
     AdaLN,
+    Attention,
     CrossAttention,
+    Mlp,
     Positions,
+    RotaryAttention,
     RotaryCrossAttention,
     TimestepEmbedding,
     attention_mask,
     initialize,
 )
 from diffmae_video.models.patches import gather_tokens
-from diffmae_video.models.rotary import Rotary, RotaryAttention, rotary_angles
+from diffmae_video.models.rotary import Rotary, rotary_angles
 from diffmae_video.registry import decoders
 
 

@@ -26,6 +26,7 @@ from diffmae_video.models.checkpointing import Checkpointing
 from diffmae_video.models.decoder import Decoder, Encoding
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.feature_decoder import FeatureDecoder
+from diffmae_video.models.hub import HubModel
 from diffmae_video.models.layers import seeded
 from diffmae_video.models.objectives import Objective
 from diffmae_video.models.patches import gather_tokens, masked_mean, patchify, pixel_bounds
@@ -64,7 +65,7 @@ class DiffMAEOutput(NamedTuple):
     """(B, K, P) the decoder's output, in the units of the target."""
 
 
-class DiffMAE(nn.Module):
+class DiffMAE(HubModel, nn.Module):
     """Encoder of visible patches, decoder that denoises masked ones, and the objective between them.
 
     Args:

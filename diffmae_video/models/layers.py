@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp
 from torch import Tensor, nn
 
 from diffmae_video.masking import GridShape
-from diffmae_video.models.rotary import RotaryAttention, rotate
+from diffmae_video.models.rotary import rotate
 
 
 @contextmanager
@@ -84,8 +83,58 @@ class AdaLN(nn.Sequential):
         return [Modulation(*part.chunk(3, 2)) for part in parts]
 
 
+# Parameters are named as timm's blocks name them, and results are the same bit for bit (a test compares):
+# importing timm takes as long as importing PyTorch.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D), attending where attn_mask (B, 1, 1, L) -> (B, L, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  #           (B, L, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  #                    (B, heads, L, D/heads) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a sample's branch is left out with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D), with the same expectation."""
+        if not self.training:
+            return x
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop_prob)
+        return x * (kept / (1 - self.drop_prob))
+
+
 class CrossAttention(nn.Module):
-    """Queries from one stream, keys and values from a context of another width; named as timm's `Attention`."""
+    """Queries from one stream, keys and values from a context of another width; named as `Attention`."""
 
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -100,6 +149,16 @@ class CrossAttention(nn.Module):
         kv = self.kv(context).unflatten(2, (2, self.num_heads, -1))  #                     (B, K, 2, heads, D/heads)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  #                                      (B, heads, K, D/heads) each
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class RotaryAttention(Attention):
+    """Self-attention whose queries and keys are turned by their places."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None, angles: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, L, D) at angles (B or 1, L, d / 2), attending where attn_mask (B, 1, 1, L) -> (B, L, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, attn_mask=attn_mask)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from diffmae_video.masking import GridShape
@@ -69,13 +67,3 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)  # (B, 1, L, d / 2)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
-
-
-class RotaryAttention(Attention):
-    """timm's self-attention, whose queries and keys are turned by their places."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None, angles: Tensor) -> Tensor:  # type: ignore[override]
-        """x (B, L, D) at angles (B or 1, L, d / 2), attending where attn_mask (B, 1, 1, L) -> (B, L, D)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, attn_mask=attn_mask)
-        return self.proj(x.transpose(1, 2).flatten(2))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,6 +90,10 @@ def load_teacher(settings: TeacherSettings) -> Any:
 
 
 def _timm_teacher(settings: TeacherSettings) -> ImageTeacher:
+    import diffmae_video.compat  # noqa: F401 - before timm, which imports torchvision
+
+    import timm
+
     network: Any = timm.create_model(
         settings.name, pretrained=settings.checkpoint is None, num_classes=0, global_pool=""
     )
@@ -100,6 +103,8 @@ def _timm_teacher(settings: TeacherSettings) -> ImageTeacher:
 
 
 def _open_clip_teacher(settings: TeacherSettings) -> ImageTeacher:
+    import diffmae_video.compat  # noqa: F401 - before open_clip, which imports torchvision
+
     try:
         import open_clip
     except ImportError as error:

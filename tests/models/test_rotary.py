@@ -13,7 +13,8 @@ from diffmae_video.errors import UsageError
 from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.exporters import export_model
-from diffmae_video.models.rotary import FASTEST, Rotary, RotaryAttention, rotate
+from diffmae_video.models.layers import RotaryAttention
+from diffmae_video.models.rotary import FASTEST, Rotary, rotate
 
 SMALL = {"preset": "nano", "width": 32, "depth": 2, "heads": 2, "frames": 4, "size": (32, 32), "patch": 8}
 SMALL |= {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 2, "positions": "rotary"}

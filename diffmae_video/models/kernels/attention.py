@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from diffmae_video.models.layers import CrossAttention
+from diffmae_video.models.layers import Attention, CrossAttention
 
 BLOCK = 3 * 2**18
 """Scores (queries x keys) of a block, for each thread: 1.5 MiB in bf16, about the second-level cache of a core."""
@@ -30,12 +29,12 @@ def use_cpu_bf16(model: nn.Module) -> None:
 
 
 class BlockedAttention(Attention):
-    """timm's self-attention, whose scores stay in the cache."""
+    """Self-attention whose scores stay in the cache."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        if is_causal or not _applies(x, attn_mask):
-            return super().forward(x, attn_mask, is_causal)
+        if not _applies(x, attn_mask):
+            return super().forward(x, attn_mask)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, L, heads, D/heads) each
         return self.proj(blocked_attention(q, k, v).flatten(2))
 
