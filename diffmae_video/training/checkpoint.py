@@ -156,7 +156,6 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         # collectives of the writing thread must not mix with those of training
         self._group = dist.new_group(backend="gloo") if distributed.world > 1 else None
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         if distributed.main:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(".tmp-*"):  # an interrupted save; the lock of the run says nobody writes now
@@ -175,7 +174,9 @@ class Checkpointer:
             DiffmaeError: the save before this one failed.
         """
         self.wait()
-        copy = self._stager.stage(tensors)
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # that of torch 2.11 serves once
+        copy = stager.stage(tensors)
+        stager.close()
         self._pending = self._pool.submit(self._write, copy, dict(state), then)
 
     def poll(self) -> None:
@@ -195,7 +196,6 @@ class Checkpointer:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._stager.close()
 
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any], then: Then | None) -> None:
         final = self.folder / step_name(state["step"])

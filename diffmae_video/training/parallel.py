@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmae_video.config import TrainSettings
@@ -24,7 +25,8 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
     if train.grad_checkpointing:
         model.set_grad_checkpointing(train.grad_checkpointing)
     wrapped: nn.Module = model
-    if distributed.world > 1 and train.sharding == "fsdp":
+    together = distributed.world > 1 or dist.is_initialized()  # a group may be of one
+    if together and train.sharding == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -40,7 +42,7 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
         for name in ("encode", "denoise", "sample", "forward_features"):  # they read parameters outside forward
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
-    elif distributed.world > 1:
+    elif together:
         places = [distributed.device] if distributed.device.type == "cuda" else None
         options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         constant = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
