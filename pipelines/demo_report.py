@@ -10,7 +10,7 @@ from diffmae_video._version import __version__
 from diffmae_video.config import load_settings, settings_toml
 from diffmae_video.data.synthetic import CLASSES
 from diffmae_video.evaluation.inpainting import BASELINES
-from diffmae_video.pipelines.evaluate_inpainting import SAMPLE
+from diffmae_video.pipelines.inpaint_report import SAMPLE
 from diffmae_video.pipelines.job import Job
 from diffmae_video.rendering.report import Report
 from diffmae_video.training.logging import read_metrics

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffmae_video.pipelines.find import find_run
 from diffmae_video.pipelines.job import Job
 
-SAMPLE, MEAN, BEST, ONE_STEP = (
-    "DiffMAE, one sample",
-    "DiffMAE, mean of samples",
-    "DiffMAE, best of samples",
-    "MAE's one step",
-)
-
-
-@dataclass(frozen=True)
-class InpaintingEvaluation:
-    """What was measured; also written as inpaint.json. `scores[mask][method][column]`."""
-
-    directory: str
-    checkpoint: str
-    data: str
-    clips: int
-    seed: int
-    sampler: str
-    steps: int
-    samples: int
-    size: tuple[int, ...]
-    seconds: float
-    conventions: str
-    scores: dict[str, dict[str, dict[str, float | None]]]
+if TYPE_CHECKING:
+    from diffmae_video.pipelines.inpaint_report import InpaintingEvaluation
 
 
 def evaluate_inpainting(

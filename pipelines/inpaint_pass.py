@@ -6,8 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from diffmae_video.config import Settings, settings_toml, with_overrides
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.stream import build_stream
-from diffmae_video.errors import DataError, UsageError
+from diffmae_video.errors import UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.evaluation.inpainting import (
     BASELINES,
@@ -26,33 +25,31 @@ from diffmae_video.evaluation.inpainting import (
     frechet_distance,
     to_frames,
 )
-from diffmae_video.files import write_atomic
 from diffmae_video.masking import Mask, parse_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.pipelines.console import progress, say, table
-from diffmae_video.pipelines.evaluate_inpainting import BEST, MEAN, ONE_STEP, SAMPLE, InpaintingEvaluation
+from diffmae_video.pipelines.inpaint_report import (
+    BEST,
+    MEAN,
+    ONE_STEP,
+    SAMPLE,
+    TITLES,
+    InpaintingEvaluation,
+    Pictures,
+    describe_conventions,
+    read_inpainting,
+    table_rows,
+    write_inpainting,
+)
 from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.run import open_run
 from diffmae_video.pipelines.workspace import Workspace
-from diffmae_video.rendering.report import Report
-from diffmae_video.rendering.sheet import contact_sheet
-from diffmae_video.rendering.writers import write_png
 from diffmae_video.training.hardware import autocast
 
-COLUMNS = (
-    *("psnr_masked", "ssim_masked", "psnr_full", "ssim_full", "ssim_full_crop"),
-    *("features", "frechet", "warping", "lpips"),
-)
-TITLES = {
-    "psnr_masked": "PSNR hidden", "ssim_masked": "SSIM hidden", "psnr_full": "PSNR full", "ssim_full": "SSIM full",
-    "ssim_full_crop": "SSIM full, cropped",
-    "features": "feature dist.", "frechet": "Frechet", "warping": "warp err. x1e3", "lpips": "LPIPS",
-}  # fmt: skip
 PICTURED = 4
 """Clips that are shown under each mask."""
-FILE = "inpaint.json"
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,6 @@ class _Score:
         }
 
 
-Pictures = dict[str, list[dict[str, np.ndarray]]]
-"""Mask text -> for each shown clip: what it is called -> its middle frame, uint8 (H, W, 3)."""
-
-
 def measure_inpainting(job: Job, masks: str | Sequence[str] | None, deep: bool) -> InpaintingEvaluation | None:
     """See `evaluate_inpainting.evaluate_inpainting`."""
     source, model, loaded = load_inpainter(job)
@@ -139,7 +132,7 @@ def measure_inpainting(job: Job, masks: str | Sequence[str] | None, deep: bool) 
     ) as run:
         if run.earlier.get("status") == "finished":
             say(f"{run.directory} holds this evaluation already: done before.")
-            return _read(run.directory)
+            return read_inpainting(run.directory)
         started = time.monotonic()
         perceptual = PerceptualMetrics.load(loaded.device) if deep else PerceptualMetrics()
         if deep and perceptual.lpips is None:
@@ -156,13 +149,13 @@ def measure_inpainting(job: Job, masks: str | Sequence[str] | None, deep: bool) 
             samples=settings.evaluate.samples,
             size=(settings.model.frames, *settings.model.size),
             seconds=round(time.monotonic() - started, 1),
-            conventions=_conventions(settings, len(plan.wanted), perceptual),
+            conventions=describe_conventions(settings, len(plan.wanted), perceptual),
             scores=scores,
         )
-        _write(result, settings, pictures)
+        write_inpainting(result, settings, pictures)
         run.finish(task="inpaint", checkpoint=str(source))
     for text, methods in result.scores.items():
-        table(f"Mask {text}", ["method", *TITLES.values()], _rows(methods))
+        table(f"Mask {text}", ["method", *TITLES.values()], table_rows(methods))
     say(result.conventions)
     say(f"Written to {result.directory}.")
     return result
@@ -275,65 +268,3 @@ def _results(plan: _Plan, clip: Tensor, mask: Mask, hidden: np.ndarray, seed: in
         results |= {MEAN: mean, BEST: outputs[int(errors.argmin())]}
     results |= {name: baseline(source, hidden) for name, baseline in BASELINES.items()}
     return {name: np.where(hidden[..., None], result, source) for name, result in results.items()}
-
-
-def _rows(methods: dict[str, dict[str, float | None]]) -> list[list[object]]:
-    return [
-        [name, *("-" if figures[key] is None else figures[key] for key in COLUMNS)] for name, figures in methods.items()
-    ]
-
-
-def _conventions(settings: Settings, clips: int, perceptual: PerceptualMetrics) -> str:
-    height, width = settings.model.size
-    deep = (
-        "Feature distance: 1 - cosine of pooled EfficientNet-Lite0 features; Frechet: between the same features of all "
-        "frames (small sets bias it upwards; compare within the table only). "
-    )
-    return (
-        f"{clips} clips of {settings.model.frames} frames at {width}x{height}, {_timing(settings)}, centre "
-        f"crop, seed {settings.seed}, {settings.evaluate.samples} samples a clip; results pasted into the source. PSNR "
-        "and SSIM (Gaussian window 11, sigma 1.5; of full frames to the mirrored border, and cropped by 5 pixels as "
-        "scikit-image does), uint8 RGB: hidden region pooled over all hidden pixels, full frame "
-        "averaged over frames (100 dB where nothing is hidden); best of samples: by hidden PSNR against the source. "
-        + (deep if perceptual.features else "")
-        + "Warping error: mean squared, values in [0, 1], times 1000. "
-        + ("LPIPS: AlexNet, v0.1, full frame." if perceptual.lpips else "LPIPS: not measured (weights not present).")
-    )
-
-
-def _write(result: InpaintingEvaluation, settings: Settings, pictures: Pictures) -> None:
-    """Write pictures, report.html, config.toml and, last, inpaint.json."""
-    directory = Path(result.directory)
-    report = Report("Inpainting evaluation")
-    report.text(result.conventions)
-    for text, methods in result.scores.items():
-        rows = [[name, *(figures[key] for key in COLUMNS)] for name, figures in methods.items()]
-        report.table(f"Mask {text}", ["method", *TITLES.values()], rows)
-        shown = pictures[text]
-        if shown:
-            grid = [(name, [clip[name] for clip in shown]) for name in shown[0]]
-            sheet = contact_sheet(grid, [f"clip {n + 1}" for n in range(len(shown))], f"Mask {text}, middle frames")
-            file = directory / f"{text.replace(':', '-').replace(',', '-').replace('/', '-')}.png"
-            write_png(file, sheet)
-            report.image(f"Mask {text}", file)
-    report.settings(settings_toml(settings))
-    report.write(directory / "report.html")
-    write_atomic(directory / "config.toml", settings_toml(settings))
-    write_atomic(directory / FILE, json.dumps(asdict(result), indent=1) + "\n")
-
-
-def _read(directory: Path) -> InpaintingEvaluation:
-    try:
-        facts = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        return InpaintingEvaluation(**{**facts, "size": tuple(facts["size"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{directory / FILE} cannot be read ({error}); remove {directory} and try again.") from error
-
-
-def _timing(settings: Settings) -> str:
-    """How the clips lie in time, for people."""
-    data, frames = settings.data, settings.model.frames
-    if data.segments:
-        return f"one from each of {frames} segments"
-    seconds = data.seconds(frames)
-    return f"over {seconds:.4g} s" if seconds else f"stride {data.stride}"

@@ -11,7 +11,7 @@ import pytest
 
 from diffmae_video.cli.app import run
 from diffmae_video.evaluation.inpainting import BASELINES
-from diffmae_video.pipelines.evaluate_inpainting import ONE_STEP, SAMPLE
+from diffmae_video.pipelines.inpaint_report import ONE_STEP, SAMPLE
 
 
 @pytest.fixture(scope="module")
