@@ -23,6 +23,7 @@ from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.render_report import RenderResult, read_render_result, write_render_result
 from diffmae_video.pipelines.render_resume import WORK, WindowFiles, render_identity
 from diffmae_video.pipelines.run import open_run
+from diffmae_video.registry import samplers
 from diffmae_video.rendering.album import Album, write_trajectory
 from diffmae_video.rendering.frames import Frame
 from diffmae_video.rendering.inpaint import Inpainter
@@ -124,7 +125,7 @@ def _settings(run: Settings, job: Job, options: Mapping[str, Any]) -> Settings:
     chosen = {name: value for name, value in options.items() if value is not None}
     lossless = chosen.pop("lossless", False)
     for name in CHOICES:
-        allowed = get_args(RenderSettings.model_fields[name].annotation)
+        allowed = samplers.names() if name == "sampler" else get_args(RenderSettings.model_fields[name].annotation)
         if name in chosen and chosen[name] not in allowed:
             raise UsageError(f"--{name} {chosen[name]}: choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
     if lossless:
