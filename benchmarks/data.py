@@ -85,7 +85,7 @@ def ours(data: bytes, indices: list[list[int]], box: tuple[int, int, int, int]) 
 def naive(data: bytes, wanted: list[int]) -> float:
     """Decode everything, keep what is wanted."""
     begun = time.process_time()
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         container.streams.video[0].thread_type = "NONE"
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     np.stack([frames[number] for number in wanted])[:, :SIDE, :SIDE].copy()
@@ -213,7 +213,8 @@ def read(arguments: argparse.Namespace) -> list[dict[str, object]]:
                         reader.read("train", number, meta=False)
 
             def wds(path: Path = tar_path) -> None:
-                for _ in webdataset.compat.WebDataset(str(path), shardshuffle=False).shuffle(1000):
+                samples: Any = webdataset.compat.WebDataset(str(path), shardshuffle=False).shuffle(1000)
+                for _ in samples:
                     pass
 
             row: dict[str, Any] = {"samples": name}
@@ -261,7 +262,7 @@ def shard(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     )
                 )
             found["ffmpeg clips/s"].append(len(files) / (time.perf_counter() - begun))
-    row: dict[str, float] = {"clips": len(files)} | {name: statistics.median(values) for name, values in found.items()}
+    row: dict[str, Any] = {"clips": len(files)} | {name: statistics.median(values) for name, values in found.items()}
     pairs = zip(*found.values(), strict=True)
     return [row | {"diffmae / ffmpeg": statistics.median(ours / theirs for ours, theirs in pairs)}]
 

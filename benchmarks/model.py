@@ -63,6 +63,7 @@ def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: boo
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
         preset, (width, heads) = PRESETS[size], DECODERS[size]
+        options: dict[str, Any] = {"attn_implementation": "sdpa"}  # not among the declared arguments
         config = VideoMAEConfig(
             hidden_size=preset.width,
             num_hidden_layers=preset.depth,
@@ -73,7 +74,7 @@ def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: boo
             decoder_num_hidden_layers=4,
             decoder_intermediate_size=4 * width,
             use_mean_pooling=False,
-            **{"attn_implementation": "sdpa"},
+            **options,
         )
         peer, theirs = VideoMAEForPreTraining(config).train(), clips.transpose(1, 2).contiguous()
         parameters = list(peer.parameters())

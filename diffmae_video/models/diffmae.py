@@ -50,8 +50,8 @@ class Draw(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Draw:
         """The same draw on `device`."""
         keep = None if self.keep is None else self.keep.to(device, non_blocking=non_blocking)
-        moved = (x.to(device, non_blocking=non_blocking) for x in (self.timestep, self.noise))
-        return Draw(*moved, keep)
+        timestep, noise = (x.to(device, non_blocking=non_blocking) for x in (self.timestep, self.noise))
+        return Draw(timestep, noise, keep)
 
 
 class DiffMAEOutput(NamedTuple):

@@ -77,9 +77,9 @@ class AdaLN(nn.Sequential):
         assert isinstance(layer, nn.Linear)
         return layer
 
-    def forward(self, condition: Tensor | None) -> list[Modulation]:
-        """condition (B, D)."""
-        parts = super().forward(condition)[:, None].chunk(self.parts, 2)  # (B, 1, 3 * D) each
+    def forward(self, input: Any) -> list[Modulation]:
+        """input (B, D), the condition."""
+        parts = super().forward(input)[:, None].chunk(self.parts, 2)  # (B, 1, 3 * D) each
         return [Modulation(*part.chunk(3, 2)) for part in parts]
 
 
@@ -262,6 +262,7 @@ class Positions(nn.Module):
         times, height, columns = self.shape = shape
         self.kind = kind
         if kind == "rotary":
+            self.nothing: Tensor
             self.register_buffer("nothing", torch.zeros(1, 1, width), persistent=False)
         elif kind == "sincos":
             self.register_buffer("spatial", sincos_2d(width, height, columns, period)[None], persistent=False)

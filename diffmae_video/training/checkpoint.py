@@ -111,7 +111,7 @@ def load_tensors(found: Checkpoint, tensors: dict[str, Tensor], world: int) -> N
         DiffmaeError: a tensor is missing or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(found.path))
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     for name, tensor in tensors.items():
         if name not in saved or tuple(saved[name].size) != tuple(tensor.shape):
             what = (
@@ -155,7 +155,7 @@ class Checkpointer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         # collectives of the writing thread must not mix with those of training
-        self._group = dist.new_group(backend="gloo") if distributed.world > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 else None
         if distributed.main:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(".tmp-*"):  # an interrupted save; the lock of the run says nobody writes now
@@ -175,7 +175,7 @@ class Checkpointer:
         """
         self.wait()
         stager = DefaultStager(StagingOptions(False, False, False, False))  # that of torch 2.11 serves once
-        copy = stager.stage(tensors)
+        copy: Any = stager.stage(tensors)
         stager.close()
         self._pending = self._pool.submit(self._write, copy, dict(state), then)
 

@@ -32,7 +32,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 
-def freeze_first(model: nn.Module, blocks: int) -> int:
+def freeze_first(model: Any, blocks: int) -> int:
     """Freeze the embedding and the first blocks of a classifier's encoder; returns the parameters frozen.
 
     Layers are told apart by timm's `group_matcher`: layer 0 is the embedding, layer i + 1 is block i.
@@ -40,7 +40,7 @@ def freeze_first(model: nn.Module, blocks: int) -> int:
     Raises:
         ValueError: more blocks than the encoder has.
     """
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     depth = len(model.encoder.blocks)
     if blocks > depth:
         raise ValueError(f"finetune.freeze = {blocks}, but the encoder has {depth} blocks")
@@ -177,7 +177,7 @@ def build_classifier(
         names = model.info.get("classes")
         if not names or list(names) == classes:
             built.head.load_state_dict(model.head.state_dict())
-            if built.attention is not None:
+            if built.attention is not None and model.attention is not None:
                 built.attention.load_state_dict(model.attention.state_dict())
             line = "Head: kept from the checkpoint, which has the same classes."
             if not names:

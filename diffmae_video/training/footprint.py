@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -82,7 +82,7 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSettings, clips: int = 1) -> Footprint:
+def measure_step(model: Any, loss: Callable[[], Tensor], train: TrainSettings, clips: int = 1) -> Footprint:
     """Count one optimizer step; call it within `shapes_only`.
 
     Args:
@@ -101,7 +101,7 @@ def measure_step(model: nn.Module, loss: Callable[[], Tensor], train: TrainSetti
     live = _LiveBytes()
     for tensor in [*run_tensors(model, optimizer, average).values(), *model.buffers()]:
         live.watch(tensor)
-    states = live.now
+    states, forward, both = live.now, 0, 0
     with live, FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
         for micro in range(min(train.micro_batches, 2)):  # the second one meets the gradients of the first
             with autocast(torch.device("cpu"), train.precision):

@@ -73,7 +73,7 @@ class RunLog:
                 Image.fromarray(array).save(temporary, format="PNG")
             self._board.add_image(name, array, step, dataformats="HWC")
             if self._wandb is not None:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports] - an extra
 
                 self._wandb.log({name: wandb.Image(array)}, step=step)
 
@@ -90,20 +90,22 @@ def _add_video(board: Any, name: str, video: Any, step: int, fps: int = 4) -> No
     import io
 
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto import summary_pb2
+
+    summary: Any = summary_pb2  # its names are made when it is imported
 
     frames = [Image.fromarray(frame) for frame in video[0].permute(0, 2, 3, 1).numpy()]
     buffer = io.BytesIO()
     frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-    image = Summary.Image(
+    image = summary.Summary.Image(
         height=video.shape[3], width=video.shape[4], colorspace=3, encoded_image_string=buffer.getvalue()
     )
-    board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+    board._get_file_writer().add_summary(summary.Summary(value=[summary.Summary.Value(tag=name, image=image)]), step)
 
 
 def _start_wandb(directory: Path, settings: dict[str, Any]) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise UsageError("train.wandb = true needs Weights & Biases: pip install 'diffmae-video[wandb]'.") from error
     name = directory / "wandb.id"  # one run there, however often it is interrupted here

@@ -16,7 +16,7 @@ from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import swap_kernels
 
 
-def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed) -> nn.Module:
+def parallelize(model: Any, train: TrainSettings, distributed: Distributed) -> nn.Module:
     """The module to call in training. `model` itself keeps its names and stays the one to save, sample and inspect.
 
     FSDP2 shards every block of the encoder and decoder (any child of a ModuleList) and then the rest, in place.
@@ -46,14 +46,14 @@ def parallelize(model: nn.Module, train: TrainSettings, distributed: Distributed
         places = [distributed.device] if distributed.device.type == "cuda" else None
         options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         constant = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-        wrapped = nn.parallel.DistributedDataParallel(
-            model, device_ids=places, gradient_as_bucket_view=True, **{constant: False}
-        )
+        buffers: dict[str, Any] = {constant: False}
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True, **buffers)
     return torch.compile(wrapped) if train.compile else wrapped  # type: ignore[return-value]
 
 
 def reshard(model: nn.Module) -> None:
     """Free FSDP2's gathered parameters, so that the model's names mean the shards again; nothing without FSDP2."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -62,7 +62,7 @@ def reshard(model: nn.Module) -> None:
 @contextlib.contextmanager
 def synchronized(wrapped: nn.Module, last: bool) -> Any:
     """Exchange gradients in the last micro-batch of a step only."""
-    module = getattr(wrapped, "_orig_mod", wrapped)
+    module: Any = getattr(wrapped, "_orig_mod", wrapped)
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         module.set_requires_gradient_sync(last)
         yield
@@ -76,7 +76,7 @@ def synchronized(wrapped: nn.Module, last: bool) -> Any:
 def gradient_norm(model: nn.Module, limit: float) -> Tensor:
     """Total norm of the gradients over all processes, clipped to `limit` where that is above 0."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if limit > 0:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -123,7 +123,7 @@ class PretrainTask:
         return found | ({"val_unreadable": float(total[2])} if total[2] else {})
 
     @torch.no_grad()
-    def pictures(self, model: nn.Module, step: int) -> dict[str, np.ndarray]:
+    def pictures(self, model: Any, step: int) -> dict[str, np.ndarray]:
         """`reconstruction`: for each clip the rows input, masked, one step (the MAE picture), full sampling, some
         frames of each; `sampling`: input, masked and result side by side as video."""
         if self.open_validation is None:
@@ -136,7 +136,9 @@ class PretrainTask:
         if batch is None:
             return {}
         clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
-        render, first = self.settings.render, None
+        render = self.settings.render
+        first: Any = None
+        last: Any = None
         for last in model.sample_steps(
             clips,
             mask,

@@ -79,7 +79,7 @@ class Run:
 def run_identity(settings: Settings, kind: str, data: str) -> dict[str, Any]:
     """What makes two runs the same: kind, data (a manifest's hash), and the settings that decide what is computed."""
     tables = settings.model_dump(mode="json", exclude_none=True)
-    kept = {"kind": kind, "data": data}
+    kept: dict[str, Any] = {"kind": kind, "data": data}
     for section in _SECTIONS:
         if section == "finetune" and kind == "pretrain":
             continue
@@ -219,8 +219,11 @@ def claim(directory: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if status is None:
                 clear(directory)
-            done = status is not None and status.get("status") == "finished"
-            done = done and not identity_difference(status.get("identity", {}), identity)
+            done = (
+                status is not None
+                and status.get("status") == "finished"
+                and not identity_difference(status.get("identity", {}), identity)
+            )
             if not done:
                 write_status(directory, identity=identity, status="running", step=(status or {}).get("step", 0))
             try:

@@ -66,7 +66,8 @@ def random_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
 
     Masks, noise and augmentation never use them; dropout and stochastic depth do.
     """
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - third parties may draw from it
+    legacy: Any = np.random.get_state()  # noqa: NPY002 - third parties may draw from it
+    kind, keys, position, has_gauss, gauss = legacy
     python = random.getstate()
     tensors = {  # all of PyTorch, NumPy and Python, for code of others that draws from them
         "torch": torch.get_rng_state(),

@@ -38,6 +38,7 @@ def validation_opener(settings: Settings, processes: Distributed) -> Callable[[i
     Returns:
         (clips a batch, alone) -> a stream: this rank's share, or, `alone`, everything.
     """
+    assert settings.data.path is not None  # the stage has settled it
     manifest = Manifest.load(settings.data.path)
     split = settings.data.eval_split if manifest.splits.get(settings.data.eval_split) else settings.data.split
     source = settings.data.sources[0] if settings.data.sources else None

@@ -51,7 +51,7 @@ class Trainer:
         self.meter = Meter(self.device)
         self.stepper = Stepper(task, settings, here, self.meter, self.total, self.warmup)
         self.optimizer, self.average = self.stepper.optimizer, self.stepper.average
-        self.files: Checkpointer | None = None
+        self._files: Checkpointer | None = None
         self.log: RunLog | None = None
         self.last: dict[str, Any] = {}
 
@@ -61,14 +61,20 @@ class Trainer:
     def __exit__(self, *failure: object) -> None:
         self.stream.close()
         try:
-            if self.files is not None:
-                self.files.close()
+            if self._files is not None:
+                self._files.close()
         except DiffmaeError:
             if failure[0] is None:
                 raise
         finally:
             if self.log is not None:
                 self.log.close()
+
+    @property
+    def files(self) -> Checkpointer:
+        """The run's checkpoints, once it has started."""
+        assert self._files is not None
+        return self._files
 
     def mark(self, status: str) -> None:
         """Write the run's status for whoever looks into the directory."""
@@ -81,7 +87,7 @@ class Trainer:
     def start(self, found: Checkpoint | None) -> None:
         """Open the files of the run and take over a checkpoint's state."""
         train = self.train
-        self.files = Checkpointer(
+        self._files = Checkpointer(
             self.directory / "checkpoints", self.distributed, train.keep_last, train.keep_every, train.mirror
         )
         if found is not None:
@@ -211,7 +217,8 @@ class Trainer:
         if self.flops_per_clip:
             line["mfu"] = round(rate * self.flops_per_clip / peak_flops(str(self.device), self.train.precision), 4)
         self.last = {"step": self.step, **line}
-        self.log.metrics(self.step, line)
+        if self.log is not None:
+            self.log.metrics(self.step, line)
 
     def figures(self) -> dict[str, str]:
         """The last line's loss and rate, for a progress bar."""
@@ -293,8 +300,9 @@ class Trainer:
             info = {**self.task.info(), "step": self.step, "metrics": dict(self.last)}
             self.files.save({**tensors, **generators}, numbers, lambda: self._export(weights, info, numbers["step"]))
 
-    def _export(self, weights: dict[str, Tensor], info: dict[str, Any], step: int) -> None:
+    def _export(self, weights: dict[str, Tensor] | None, info: dict[str, Any], step: int) -> None:
         from diffmae_video.models.weights import save_model
 
-        save_model(self.model, self.directory, info, state=weights)
+        model: Any = self.model
+        save_model(model, self.directory, info, state=weights)
         run.write_status(self.directory, step=step)
