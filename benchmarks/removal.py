@@ -308,7 +308,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
 
 def pictures(options: argparse.Namespace) -> None:
     """Frames beside what each method makes of them, as PNG files."""
-    from diffmae_video.rendering.video import write_png
+    from diffmae_video.rendering.writers import write_png
 
     for name in options.clip or chosen(options.data):
         clip = load(options.data / name, options.frames, options.long_side)
@@ -329,7 +329,7 @@ def pictures(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     stages = parser.add_subparsers(dest="stage", required=True)
     for name in ("table", "pictures"):
         stage = stages.add_parser(name)

@@ -79,9 +79,14 @@ def warped(points: np.ndarray, motion: np.ndarray) -> np.ndarray:
 def visible_at(covered: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Whether a frame shows places (h, w, 2): inside, and no pixel around is `covered`, uint8 (H, W) of 0 and 255."""
     height, width = covered.shape
-    covered = cv2.remap(covered, places, None, cv2.INTER_LINEAR, borderValue=255)
+    covered = cv2.remap(covered, places[..., 0], places[..., 1], cv2.INTER_LINEAR, borderValue=255)
     x, y = places[..., 0], places[..., 1]
     return (covered == 0) & (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+
+
+def _read(picture: np.ndarray, places: np.ndarray, interpolation: int) -> np.ndarray:
+    """A picture (H, W) or (H, W, 3) at places (h, w, 2), its edge continued."""
+    return cv2.remap(picture, places[..., 0], places[..., 1], interpolation, borderMode=cv2.BORDER_REPLICATE)
 
 
 def survey(region: Region, others: Sequence[tuple[View, np.ndarray]], most: int) -> list[int]:
@@ -98,7 +103,7 @@ def survey(region: Region, others: Sequence[tuple[View, np.ndarray]], most: int)
         if both.sum() < LEAST_RING / step or not (shown & hidden).any():
             precision.append(np.zeros(int(hidden.sum()), np.float32))
             continue
-        error = cv2.remap(other.grey, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) - grey
+        error = _read(other.grey, places, cv2.INTER_LINEAR) - grey
         error -= np.median(error[both])
         error = local_error(error**2, both)
         distance = abs(other.number - region.view.number)
@@ -172,9 +177,7 @@ class _Sample:
     def __init__(self, region: Region, other: View, motion: np.ndarray, flow: np.ndarray) -> None:
         self.flow = flow
         places = warped(region.points + flow, motion)
-        self.rgb = cv2.remap(other.rgb, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(
-            np.float32
-        )
+        self.rgb = _read(other.rgb, places, cv2.INTER_CUBIC).astype(np.float32)
         # whole pixels are copied as they are; in between, neighbours are read too
         still = not flow.any() and np.array_equal(motion, np.eye(3))
         self.shown = visible_at(other.hidden.view(np.uint8) * np.uint8(255) if still else other.covered, places)
@@ -241,10 +244,10 @@ def completed_flow(region: Region, sample: _Sample) -> np.ndarray:
     smooth = spread(base[..., None].astype(np.float32), known.astype(np.float32))[..., 0]
     base = np.where(known, base, smooth).astype(np.uint8)
     other = np.where(shown, grey, base)
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(base, other, None)
+    flow = np.zeros((*base.shape, 2), np.float32)  # to start from
+    flow = cv2.DISOpticalFlow.create(cv2.DISOpticalFlow_PRESET_MEDIUM).calc(base, other, flow)
     rows, columns = np.mgrid[: size[1], : size[0]].astype(np.float32)
-    x, y = columns + flow[..., 0], rows + flow[..., 1]
-    moved = cv2.remap(other, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    moved = _read(other, np.stack([columns, rows], -1) + flow, cv2.INTER_LINEAR)
     good = both & (cv2.absdiff(moved, base) < FLOW_MISS)
     good = cv2.erode(good.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=1)
     if good.sum() < LEAST_RING:

@@ -111,7 +111,7 @@ def follow(a: View, b: View) -> tuple[np.ndarray, np.ndarray] | None:
     points = a.corners
     if len(points) < LEAST_POINTS:
         return None
-    found, good, _ = cv2.calcOpticalFlowPyrLK(a.grey, b.grey, points, None, winSize=REACH, maxLevel=4)
+    found, good, _ = cv2.calcOpticalFlowPyrLK(a.grey, b.grey, points, points.copy(), winSize=REACH, maxLevel=4)
     back, _, _ = cv2.calcOpticalFlowPyrLK(
         b.grey, a.grey, found, points.copy(), winSize=REACH, maxLevel=4, flags=cv2.OPTFLOW_USE_INITIAL_FLOW
     )

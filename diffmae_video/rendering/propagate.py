@@ -232,9 +232,10 @@ def close_seams(filled: np.ndarray, sure: np.ndarray, region: Region) -> np.ndar
     if not rim.any():
         return filled
     outside = np.flatnonzero(~hidden)
-    nearest = np.zeros(labels.max() + 1, dtype=np.int64)
-    nearest[labels.ravel()[outside]] = outside
-    step = filled - region.target.reshape(-1, 3)[nearest[labels]]
+    label = np.asarray(labels, dtype=np.int64)
+    nearest = np.zeros(label.max() + 1, dtype=np.int64)  # the visible pixel that a label stands for
+    nearest[label.ravel()[outside]] = outside
+    step = filled - region.target.reshape(-1, 3)[nearest[label]]
     return filled - membrane(step, rim) * doubt[..., None]
 
 
