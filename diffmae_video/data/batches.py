@@ -39,6 +39,7 @@ class Batch:
     bad: dict[str, int] = field(default_factory=dict)  # unreadable samples by reason
     source: int = 0  # which source of a joint mix
     directional: bool = False  # labels tell left from right: do not flip
+    part: slice = field(default_factory=lambda: slice(None))  # the clips to compute now, where memory is short
 
     def pin_memory(self) -> Batch:
         """Page-locked tensors, for asynchronous copies to a GPU (torch's DataLoader calls this)."""

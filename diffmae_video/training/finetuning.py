@@ -122,15 +122,15 @@ class FinetuneTask:
         assert self.streams is not None
         return self.streams(rank, world)
 
-    def loss(self, model: nn.Module, batch: Any, device: torch.device, part: slice = slice(None)) -> LossOutput:
+    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> LossOutput:
         """Soft cross entropy; top-1 is counted against each clip's own label, mixed or not.
 
         Clips are mixed with others of the whole batch, whatever part of it is computed.
         """
         clips = self.normalize(batch.clips.to(device, non_blocking=True))  # (B, C, T, H, W)
         labels = batch.labels.to(device, non_blocking=True)
-        mixed, targets = (x[part] for x in self._mix(clips, labels, int(batch.seeds[0]) ^ self.seed))
-        labels = labels[part]
+        mixed, targets = (x[batch.part] for x in self._mix(clips, labels, int(batch.seeds[0]) ^ self.seed))
+        labels = labels[batch.part]
         logits = model(mixed)  # (B, K)
         per_sample = soft_cross_entropy(logits, targets)
         top1 = (logits.detach().argmax(dim=-1) == labels).float().mean()

@@ -83,10 +83,10 @@ class PretrainTask:
         shape = grid_shape(*clips.shape[2:], tubelet=self.model.tubelet, patch=self.model.patch)
         return clips, make_mask(mask.kind, mask.ratio, shape, mask_seeds(batch.seeds)).to(device)
 
-    def loss(self, model: nn.Module, batch: Batch, device: torch.device, part: slice = slice(None)) -> LossOutput:
+    def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         """Mean squared error on the masked patches; mask, timestep and noise of a clip come from its own seed."""
         chosen = choose_mask(self.masks[batch.source], batch.seeds)
-        batch = replace(batch, clips=batch.clips[part], seeds=batch.seeds[part])
+        batch = replace(batch, clips=batch.clips[batch.part], seeds=batch.seeds[batch.part])
         clips, mask = self._prepare(batch, device, chosen)
         output = model(clips, mask, self.model.draw(batch.seeds, mask))
         metrics = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,11 +130,11 @@ class Stepper:
     def _gradients(self, drawn: Sequence[Batch]) -> Gradients:
         loss = torch.zeros((), device=self.device)
         metrics: dict[str, Tensor] = {}
-        pieces = [(batch, part, share / len(drawn)) for batch in drawn for part, share in cut(batch, self.parts)]
-        for count, (batch, part, share) in enumerate(pieces, 1):
+        pieces = [(part, share / len(drawn)) for batch in drawn for part, share in cut(batch, self.parts)]
+        for count, (batch, share) in enumerate(pieces, 1):
             with parallel.synchronized(self.wrapped, count == len(pieces)):
                 with autocast(self.device, self.train.precision):
-                    output = self.task.loss(self.wrapped, batch, self.device, part)
+                    output = self.task.loss(self.wrapped, batch, self.device)
                 self.scaler.scale(output.loss * share).backward()
             loss += output.loss.detach() * share
             for name, value in output.metrics.items():
@@ -195,12 +196,15 @@ class Stepper:
         return path
 
 
-def cut(batch: Batch, parts: int) -> Iterator[tuple[slice, float]]:
-    """Slices of a batch of about equal size, and the share of the clips in each."""
+def cut(batch: Batch, parts: int) -> Iterator[tuple[Batch, float]]:
+    """A batch again and again, each time with another part of about equal size to compute, and the share in it."""
+    if parts == 1:
+        yield batch, 1.0
+        return
     clips = len(batch.clips)
     size = math.ceil(clips / parts)
     for start in range(0, clips, size):
-        yield slice(start, start + size), min(size, clips - start) / clips
+        yield replace(batch, part=slice(start, start + size)), min(size, clips - start) / clips
 
 
 def out_of_memory(error: BaseException) -> bool:

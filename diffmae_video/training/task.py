@@ -61,8 +61,11 @@ class Task(Protocol):
         """An endless stream of this rank's batches, with `state_dict`, `load_state_dict`, `samples_per_epoch`."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, device: torch.device, part: slice = slice(None)) -> LossOutput:
-        """Loss of the clips `part` of a batch; what is drawn for a clip does not depend on how the batch is cut."""
+    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> LossOutput:
+        """Loss of the clips `batch.part`; what is drawn for a clip must not depend on how the batch is cut.
+
+        A task that always computes all clips of the batch is right as well, and saves no memory.
+        """
         ...
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
