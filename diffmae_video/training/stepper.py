@@ -21,6 +21,7 @@ from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.hardware import autocast
 from diffmae_video.training.meter import Meter
 from diffmae_video.training.run import Run
+from diffmae_video.training.signals import StopRequest
 from diffmae_video.training.task import Task
 
 
@@ -72,7 +73,7 @@ class Stepper:
         if same_world and self.train.accumulate == "auto":
             self.parts = saved["parts"]
 
-    def step(self, batches: Iterator[Batch], number: int, asked_to_stop: bool) -> bool:
+    def step(self, batches: Iterator[Batch], number: int, request: StopRequest) -> bool:
         """Take optimizer step `number` (from 0); returns whether any rank was asked to stop. A collective.
 
         Raises:
@@ -89,7 +90,7 @@ class Stepper:
             found = self._gradients_that_fit(drawn)
             self.scaler.unscale_(self.optimizer)
             norm = parallel.gradient_norm(self.model, self.train.clip_grad)
-            overflow, bad, stop = self.distributed.any(*self._not_finite(found.loss, norm), asked_to_stop)
+            overflow, bad, stop = self.distributed.any(*self._not_finite(found.loss, norm), bool(request))
             if bad or overflow:
                 self._leave_out(number, drawn, found.loss, norm, curable=overflow and not bad)
             else:

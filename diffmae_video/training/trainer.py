@@ -143,7 +143,7 @@ class Trainer:
 
     def one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
         """One optimizer step; returns whether any rank was asked to stop. A collective."""
-        stop = self.stepper.step(batches, self.step, bool(request))
+        stop = self.stepper.step(batches, self.step, request)
         self.step += 1
         return stop
 
