@@ -1,27 +1,20 @@
-"""`diffmae study`: figures of its table, and a study that is killed."""
+"""`diffmae study`: figures of its table, its data and its Slurm script."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import random
-import signal
 import statistics
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffmae_video.config.study import Study, expand
-from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import UsageError
 from diffmae_video.evaluation.predictions import FILE, Predictions, write_predictions
-from diffmae_video.pipelines.shard import ShardJob, shard_and_record
-from diffmae_video.pipelines.study import STUDY_FILE, find_shards, run_study, study_command, write_slurm
+from diffmae_video.pipelines.study import STUDY_FILE, find_shards, study_command, write_slurm
 from diffmae_video.pipelines.study_table import study_table
 
 STUDY = Study.model_validate(
@@ -124,52 +117,3 @@ def test_slurm_gets_an_array_for_each_level(tmp_path: Path, monkeypatch: pytest.
     assert all(line.startswith("diffmae ") for level in levels for line in level)
     assert [f"--array=1-{len(level)}" in script for level in levels] == [True] * 3
     subprocess.run(["bash", "-n", str(tmp_path / "study" / "study.sbatch")], check=True)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIFFMAE_WORKSPACE", str(folder))
-        write_demo_data(folder / "clips", train=24, val=8, size=32, frames=16, workers=1)
-        shard_and_record(ShardJob(folder / "clips", folder / "shards", dataset="demo", workers=1))
-    return folder / "shards"
-
-
-def figures(directory: Path) -> str:
-    study_table(directory)
-    return (directory / "table.csv").read_text()
-
-
-@pytest.mark.slow
-def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(shards: Path, tmp_path: Path) -> None:
-    run_study("smoke", {"demo": str(shards)}, tmp_path / "whole", jobs=2, device="cpu")
-    command = [
-        "study",
-        "run",
-        "smoke",
-        "--data",
-        f"demo={shards}",
-        "--out",
-        str(tmp_path / "killed"),
-        "--device",
-        "cpu",
-    ]
-    start = [sys.executable, "-P", "-c", "from diffmae_video.cli.app import main; main()", *command]
-    generator = random.Random(0)
-    for number in range(10):
-        process = subprocess.Popen(start, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        with_time = time.monotonic() + generator.uniform(3, 25)
-        while process.poll() is None and time.monotonic() < with_time:
-            time.sleep(0.1)
-        if process.poll() is not None:
-            assert process.returncode == 0
-            break
-        if number % 2:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 75
-        else:
-            process.kill()  # its stages go on and finish, or are continued
-            process.wait()
-    subprocess.run(start, check=True, timeout=400)
-    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
