@@ -27,7 +27,7 @@ def shard(
             help=f"How the source is arranged: {', '.join(names_of('layouts'))}; guessed.",
         ),
     ] = None,
-    image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos.")] = False,
+    image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos; guessed.")] = False,
     copy: Annotated[
         bool, typer.Option("--copy", envvar="DIFFMAE_COPY", help="Keep the bytes instead of re-encoding.")
     ] = False,
@@ -50,6 +50,16 @@ def shard(
     fold: Annotated[
         int, typer.Option("--fold", min=1, max=3, envvar="DIFFMAE_FOLD", help="Official split of UCF101, HMDB51.")
     ] = 1,
+    val_fraction: Annotated[
+        float,
+        typer.Option(
+            "--val-fraction",
+            min=0.0,
+            max=0.9,
+            envvar="DIFFMAE_VAL_FRACTION",
+            help="Videos held out as val where the source names no split.",
+        ),
+    ] = 0.1,
     min_frames: Annotated[
         int, typer.Option("--min-frames", min=1, envvar="DIFFMAE_MIN_FRAMES", help="Shorter videos are rejected.")
     ] = 1,
@@ -85,7 +95,6 @@ def shard(
     from diffmae_video.pipelines.shard import ShardJob, parse_limits, shard_and_record
 
     options = TranscodeOptions(
-        kind="image" if image else "video",
         copy=copy,
         trim=trim,
         short_side=short_side,
@@ -101,9 +110,11 @@ def shard(
         source,
         out,
         options,
+        kind="image" if image else "auto",
         dataset=dataset,
         layout=layout,
         fold=fold,
+        val_fraction=val_fraction,
         samples_per_shard=samples_per_shard,
         workers=workers,
         dask=dask,

@@ -23,6 +23,7 @@ from typing import Any
 
 from diffmae_video._version import __version__
 from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names
+from diffmae_video.data.holdout import hold_out
 from diffmae_video.data.layouts import Item, Listing, list_samples
 from diffmae_video.data.manifest import MANIFEST, ShardInfo, write_manifest
 from diffmae_video.data.media import DEFAULT_LIMITS, Limits
@@ -55,6 +56,7 @@ class ShardResult:
     seconds: float
     done_before: int
     """Shards that were there already."""
+    kind: str = "video"
     unchanged: bool = False
     """Everything was there already."""
 
@@ -67,9 +69,11 @@ class ShardJob:
         source: folder, URL, or a CSV/TSV table (see data/layouts.py).
         out: new or unfinished folder, or URL.
         options: how inputs become samples.
+        kind: `video`, `image`, or `auto`: the data set's own; images where the source has images and no videos.
         dataset: name or TOML file of the data set; guessed from the layout without it.
         layout: how the source is arranged; the data set's own or a guess without it.
         fold: official split of UCF101 and HMDB51.
+        val_fraction: of the source videos held out as `val` where the source names no split (see data/holdout.py).
         samples_per_shard: without it 16 shards a split, of 16 to 512 samples (8 times that for images).
         workers: processes on this machine; all cores by default.
         dask: address of a Dask scheduler; workers must see the same source and destination.
@@ -81,9 +85,11 @@ class ShardJob:
     source: str | Path
     out: str | Path
     options: TranscodeOptions = field(default_factory=TranscodeOptions)
+    kind: str = "auto"
     dataset: str | None = None
     layout: str | None = None
     fold: int = 1
+    val_fraction: float = 0.1
     samples_per_shard: int | None = None
     workers: int | None = None
     dask: str | None = None
@@ -112,10 +118,14 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
         UsageError: `out` holds the result of other input or options, or another process writes there.
         Stopped: SIGTERM came; finished shards are kept.
     """
-    begun, options = time.monotonic(), job.options
+    begun = time.monotonic()
     source, out = str(job.source), str(job.out)
     info = dataset_info(job.dataset) if job.dataset and _is_known(job.dataset) else None
-    listing = list_samples(source, job.layout or (info.layout if info else "auto"), options.kind, job.fold)
+    kind = info.kind if info and job.kind == "auto" else job.kind
+    listing = list_samples(source, job.layout or (info.layout if info else "auto"), kind, job.fold)
+    listing = hold_out(listing, job.val_fraction)
+    options = replace(job.options, kind=listing.kind)
+    job = replace(job, options=options)
     tars = _deal(listing, job)
     found = len(listing.items) + len(listing.rejected)
     for note in listing.notes:
@@ -355,6 +365,7 @@ def _result(body: dict[str, Any], out: str, begun: float, done_before: int) -> S
         bytes=sum(one["bytes"] for one in body["shards"]),
         seconds=time.monotonic() - begun,
         done_before=done_before,
+        kind=body["kind"],
     )
 
 
@@ -364,7 +375,7 @@ def shard_and_record(job: ShardJob) -> ShardResult:
     if job.dry_run:
         table("Plan", ["split", "inputs"], [[split, count] for split, count in result.splits.items()])
         return result
-    Workspace.here().record("shards", result.path, dataset=result.dataset, media=job.options.kind)
+    Workspace.here().record("shards", result.path, dataset=result.dataset, media=result.kind)
     print_result(result, result.path)
     return result
 

@@ -14,9 +14,7 @@ from dataclasses import replace
 
 from diffmae_video.data.annotations import SUFFIXES, by_value, numeric_classes, read_annotation
 from diffmae_video.data.listing import (
-    IMAGE_EXTENSIONS,
     SPLITS,
-    VIDEO_EXTENSIONS,
     Item,
     Listing,
     Rejection,
@@ -38,7 +36,7 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
     Args:
         source: folder or URL; or an annotation file (see annotations.py) with paths relative to its folder.
         layout: `auto`, or the name of one.
-        kind: `video` or `image`.
+        kind: `video`, `image`, or `auto`: images where the folder holds images and no videos.
         fold: which of the three official splits of UCF101 and HMDB51.
 
     Raises:
@@ -50,12 +48,12 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
             layouts.check(layout)
         except ValueError as error:
             raise UsageError(f"--layout {layout}: {error}, or auto.") from error
-    extensions = VIDEO_EXTENSIONS if kind == "video" else IMAGE_EXTENSIONS
     table = None
     if source.lower().endswith(SUFFIXES) and not (os.path.isdir(source)):
         source, _, table = source.replace("\\", "/").rpartition("/")
         source = source or "."
-    tree = Tree(source, extensions)
+    tree = Tree(source, kind)
+    kind = tree.kind
     if table is not None:
         if table not in tree.present:
             raise DataError(f"{source}/{table}: there is no such file; check the path.")
@@ -69,6 +67,7 @@ def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: i
             raise DataError(f"{source} does not look like the layout {name!r}; leave --layout out to have it guessed.")
         listing = found
         listing.layout = name
+    listing.kind = kind
     if not listing.items and not listing.rejected:
         raise DataError(f"{source} holds no {kind} files; give the folder that holds them.")
     _settle(listing)

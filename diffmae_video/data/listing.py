@@ -63,20 +63,29 @@ class Listing:
     """Class names in label order; empty when nothing is labelled."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of the annotation: sentences."""
+    kind: str = "video"
+    """`video` or `image`."""
 
 
 class Tree:
     """Files below a local folder or URL, listed once; names that start with a dot are left out.
 
+    Args:
+        root: the folder or URL.
+        kind: `video`, `image`, or `auto`: images where there are images and no videos.
+
     Raises:
         DataError: a folder of it cannot be listed.
     """
 
-    def __init__(self, root: str, extensions: frozenset[str]):
+    def __init__(self, root: str, kind: str = "auto"):
         self.root = root
         self._sizes: dict[str, int] = {}
         self.paths = sorted(self._remote() if is_remote(root) else self._walk(root, "", frozenset()))
+        self.kind = _kind_of(self.paths) if kind == "auto" else kind
+        extensions = VIDEO_EXTENSIONS if self.kind == "video" else IMAGE_EXTENSIONS
         self.media = [path for path in self.paths if _is_media(path, extensions)]
+        """Files of the wanted kind, by extension; files without one may be of any kind."""
         self.present = frozenset(self.paths)
 
     def size(self, path: str) -> int:
@@ -193,6 +202,12 @@ def _parents(folder: str) -> frozenset[tuple[int, int]]:
         if path == os.path.dirname(path):
             return frozenset(found)
         path = os.path.dirname(path)
+
+
+def _kind_of(paths: Iterable[str]) -> str:
+    """`image` where files have extensions of images and none has one of videos, else `video`."""
+    suffixes = {path.rpartition(".")[2].lower() for path in paths if "." in path}
+    return "image" if suffixes & IMAGE_EXTENSIONS and not suffixes & VIDEO_EXTENSIONS else "video"
 
 
 def _is_media(path: str, extensions: frozenset[str]) -> bool:

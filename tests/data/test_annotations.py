@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffmae_video.data.annotations import read_annotation
 from diffmae_video.data.layouts import list_samples
-from diffmae_video.data.listing import VIDEO_EXTENSIONS, Tree
+from diffmae_video.data.listing import Tree
 from diffmae_video.errors import DataError
 from diffmae_video.registry import layouts
 
@@ -144,7 +144,7 @@ def test_names_without_extension(tmp_path: Path) -> None:
 )
 def test_a_listed_file_is_never_replaced(tmp_path: Path, listed: str, split: str | None, meant: str | None) -> None:
     files = ("train/run/1.mp4", "val/run/1.mp4", "train/run/2.mp4", "top.mp4")
-    there = Tree(tree(tmp_path, dict.fromkeys(files, "")), VIDEO_EXTENSIONS)
+    there = Tree(tree(tmp_path, dict.fromkeys(files, "")), "video")
     assert there.resolve(listed, split or "train") == meant
 
 
@@ -223,7 +223,7 @@ def test_a_layout_from_outside_is_one_function(tmp_path: Path, monkeypatch: pyte
 
 
 def test_rows_keep_spans(tmp_path: Path) -> None:
-    there = Tree(tree(tmp_path, {"a.mp4": "", "t.csv": "a.mp4,x,train,1.5,3\na.mp4,y,,3,4\n"}), VIDEO_EXTENSIONS)
+    there = Tree(tree(tmp_path, {"a.mp4": "", "t.csv": "a.mp4,x,train,1.5,3\na.mp4,y,,3,4\n"}), "video")
     rows = read_annotation(there, "t.csv") or []
     assert [(row.label, row.split, row.start, row.end) for row in rows] == [
         ("x", "train", 1.5, 3.0),

@@ -56,7 +56,8 @@ def same_numbers(report: dict) -> dict:
 
 def test_files_and_numbers(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     make_shards(tmp_path / "shards", {"val": 9}, broken=("val0004",))
-    result = evaluate(Job(data=tmp_path / "shards", device="cpu"), "squares", views="1x1,3x3")
+    job = Job(data=tmp_path / "shards", device="cpu", overrides=("evaluate.precision=fp32",))
+    result = evaluate(job, "squares", views="1x1,3x3")
     report = json.loads((result.directory / "eval.json").read_text())
     assert report == json.loads(json.dumps(result.report))
     assert report["videos"] == {"found": 9, "unlabelled": 0, "used": 8, "failed": 1}

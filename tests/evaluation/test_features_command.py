@@ -57,7 +57,8 @@ def clip_of(manifest, split: str, index: int) -> torch.Tensor:
 
 def test_features_and_table(run: Path, tmp_path: Path, make_shards: Callable) -> None:
     manifest = make_shards(tmp_path / "shards", {"train": 4, "val": 3}, broken=("train0001",))
-    paths = extract_features(Job(data="shards", out=tmp_path / "out", device="cpu"))
+    exact = ("evaluate.precision=fp32",)
+    paths = extract_features(Job(data="shards", out=tmp_path / "out", device="cpu", overrides=exact))
     assert [path.name for path in paths] == ["train.safetensors", "val.safetensors"]
     train = load_file(tmp_path / "out" / "train.safetensors")
     assert train["samples"].tolist() == [0, 2, 3]

@@ -157,12 +157,13 @@ def test_label_fraction_and_frozen_blocks(here: Path) -> None:
 @pytest.mark.parametrize("protocol", ["linear", "attentive"])
 def test_probe_leaves_a_classifier_that_eval_agrees_with(here: Path, protocol: str) -> None:
     run = pretrained(here / "runs" / "pretrain-001")
-    result = finetune(Job(recipe="tiny.toml", device="cpu"), "squares", protocol=protocol)
+    exact = ("evaluate.precision=fp32",)
+    result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=exact), "squares", protocol=protocol)
     probed = json.loads((result.directory / "probe.json").read_text())
     assert probed["top1"] == result.metrics["val_top1"]
     model, source = load_model(result.directory), load_model(run).encoder
     assert torch.equal(model.encoder.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    tested = evaluate(Job(device="cpu"), "squares", views="1x1")
+    tested = evaluate(Job(device="cpu", overrides=exact), "squares", views="1x1")
     expected = read_predictions(result.directory).probabilities["1x1"]
     tolerance = 1e-4 if protocol == "linear" else 2e-2  # tokens are cached in half precision
     assert torch.allclose(read_predictions(tested.directory).probabilities["1x1"], expected, atol=tolerance)

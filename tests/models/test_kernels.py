@@ -63,6 +63,14 @@ def test_bf16_is_as_close_to_the_truth_as_unfused_attention(shape, monkeypatch):
         assert errors[0] < 1.3 * errors[1] < 0.03
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 0, 0, 8), (2, 2, 5, 0, 8), (2, 2, 0, 5, 8), (0, 2, 5, 5, 8)])
+def test_nothing_to_attend_to_gives_zeros(shape):
+    """All patches hidden, none hidden, an empty batch: as in PyTorch's operator."""
+    inputs = random_inputs(shape, torch.float64)
+    for ours, theirs in zip(gradients(blocked_attention, *inputs), gradients(sdpa, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
 def test_operators_are_registered_in_full():
     q, k, v, grad = random_inputs(SHAPES[0], torch.float64)
     torch.library.opcheck(blocked_attention, (q, k, v))

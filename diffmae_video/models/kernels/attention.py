@@ -72,6 +72,8 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, L, H, d).
     """
+    if not q.numel() or not k.numel():  # no patch is visible, or none is hidden
+        return q.new_zeros(q.shape)
     batch, scale = len(q), q.shape[-1] ** -0.5
     q, k, v = _by_head(q) * scale, _by_head(k), _by_head(v)
     out = torch.empty_like(q)
@@ -84,6 +86,8 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("diffmae_video::blocked_attention_backward", mutates_args=())
 def blocked_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (B, L or K, H, d) by q, k and v of `blocked_attention`, given the one by its output."""
+    if not q.numel() or not k.numel():
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     batch, scale = len(q), q.shape[-1] ** -0.5
     grad, q, k, v = _by_head(grad), _by_head(q) * scale, _by_head(k), _by_head(v)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
