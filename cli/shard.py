@@ -27,7 +27,9 @@ def shard(
             help=f"How the source is arranged: {', '.join(names_of('layouts'))}; guessed.",
         ),
     ] = None,
-    image: Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos; guessed.")] = False,
+    image: Annotated[
+        bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos; guessed.")
+    ] = False,
     copy: Annotated[
         bool, typer.Option("--copy", envvar="DIFFMAE_COPY", help="Keep the bytes instead of re-encoding.")
     ] = False,
