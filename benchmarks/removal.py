@@ -17,6 +17,8 @@ frames (EfficientNet-Lite0), the warping error that of pixels hidden in a frame 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import platform
 import resource
@@ -29,12 +31,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import diffmae_video.compat  # noqa: F401
+import diffmae_video.compat
 
 import cv2
 import numpy as np
 import torch
 
+import diffmae_video
 from diffmae_video.data.decode import VideoReader
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.evaluation.inpainting import (
@@ -46,10 +49,15 @@ from diffmae_video.evaluation.inpainting import (
     telea,
     temporal_median,
 )
+from diffmae_video.files import write_atomic
 from diffmae_video.rendering.motion import View, neighbour_motion
 from diffmae_video.rendering.propagate import Propagator
 
 RESULTS = Path(__file__).parent / "results"
+CACHE = 1
+"""Raised where a change of this file changes what it measures."""
+BASELINES = ("nearest visible copy", "temporal median", "Telea")
+"""Methods that do not need the propagation's code."""
 MOVING = 0.001
 """Mean shift of the frame's corners from one frame to the next, of the diagonal, from which on a camera moves."""
 CLIPS = (
@@ -222,24 +230,41 @@ def hidden_warping_error(motion: Motion, result: np.ndarray, hidden: np.ndarray)
 
 
 def table(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every method on every clip, then means over all clips and over the two groups."""
-    features = None if options.no_features else DeepFeatures()
+    """Every method on every clip, then means over all clips and over the two groups.
+
+    What was computed for a clip lies in `options.cache` and is taken from there, as long as neither the options nor
+    the code of the method has changed; so a table that was stopped continues.
+    """
+    features = None
     rows: list[dict[str, Any]] = []
     spread: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}  # features by group and method
     for name in options.clip or chosen(options.data):
-        clip = load(options.data / name, options.frames, options.long_side)
-        hidden = moving_blob(*clip.shape[:3], seed=options.seed + sum(name.encode()))
-        truth = Truth(name, clip, hidden, features)
-        group = "moving" if truth.camera > MOVING else "static"
+        truth = None
         for method in options.method or METHODS:
-            begun = time.perf_counter()
-            result, seen = METHODS[method](clip, hidden)
-            seconds = (time.perf_counter() - begun) / len(clip)
-            figures, described = truth.score(result, seen)
-            rows.append({"clip": name, "group": group, "camera": truth.camera, "method": method, **figures})
-            rows[-1]["seconds_a_frame"] = seconds
-            if truth.described is not None and described is not None:
-                spread.setdefault((group, method), []).append((truth.described, described))
+            kept = options.cache / f"{cache_key(options, name, method)}.npz"
+            if not kept.is_file():
+                if truth is None:
+                    clip = load(options.data / name, options.frames, options.long_side)
+                    hidden = moving_blob(*clip.shape[:3], seed=options.seed + sum(name.encode()))
+                    if features is None and not options.no_features:
+                        features = DeepFeatures()
+                    truth = Truth(name, clip, hidden, features)
+                begun = time.perf_counter()
+                result, seen = METHODS[method](truth.clip, truth.hidden)
+                seconds = (time.perf_counter() - begun) / len(truth.clip)
+                figures, described = truth.score(result, seen)
+                group = "moving" if truth.camera > MOVING else "static"
+                row = {"clip": name, "group": group, "camera": truth.camera, "method": method, **figures}
+                row["seconds_a_frame"] = seconds
+                arrays = {} if described is None else {"made": described, "true": truth.described}
+                options.cache.mkdir(parents=True, exist_ok=True)
+                buffer = io.BytesIO()
+                np.savez(buffer, row=np.array(json.dumps(row)), **arrays)
+                write_atomic(kept, buffer.getvalue())
+            with np.load(kept, allow_pickle=False) as file:
+                rows.append(json.loads(str(file["row"])))
+                if "made" in file:
+                    spread.setdefault((rows[-1]["group"], method), []).append((file["true"], file["made"]))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     means = [row for group in ("all", "moving", "static") for row in _means(rows, group)]
     for row in means:
@@ -252,6 +277,20 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
         if pairs:
             row["frechet"] = frechet_distance(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
     return [*rows, *means]
+
+
+def cache_key(options: argparse.Namespace, clip: str, method: str) -> str:
+    """Name under which the row of a clip and a method is kept: of all that decides it but this file."""
+    digest = hashlib.sha256()
+    package = Path(diffmae_video.__file__).parent
+    modules = ["evaluation/inpainting.py", "evaluation/image_metrics.py"]
+    if method not in BASELINES:
+        modules += [f"rendering/{name}.py" for name in ("propagate", "motion", "candidates", "paste")]
+    for module in modules:
+        digest.update((package / module).read_bytes())
+    facts = [clip, method, options.frames, options.long_side, options.seed, options.no_features, CACHE]
+    digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()[:24]
 
 
 def _means(rows: list[dict[str, Any]], group: str) -> Iterator[dict[str, Any]]:
@@ -343,6 +382,7 @@ def main() -> None:
         stage.add_argument("--long-side", type=int, default=320)
         stage.add_argument("--seed", type=int, default=0)
         stage.add_argument("--no-features", action="store_true")
+        stage.add_argument("--cache", type=Path, default=Path(".cache/removal"), help="of rows that are done")
         stage.add_argument("--name", default=name, help="of the file in benchmarks/results")
     for name in ("cost", "one"):
         stage = stages.add_parser(name)

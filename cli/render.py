@@ -70,14 +70,25 @@ def render_inpaint(
             "--window", metavar="auto|whole|tiles", envvar="DIFFMAE_WINDOW", help="Where in the frame the model looks."
         ),
     ] = None,
+    propagate: Annotated[
+        str | None,
+        typer.Option(
+            "--propagate",
+            metavar="auto|off|only",
+            envvar="DIFFMAE_PROPAGATE",
+            help="Take from other frames what they show; auto does unless the mask is generated, only asks no model.",
+        ),
+    ] = None,
     fps: Annotated[
         float, typer.Option("--fps", min=0.1, max=240, envvar="DIFFMAE_FPS", help="Rate of a folder of images.")
     ] = 24.0,
     **options: Any,
 ) -> None:
-    """Hide a part of a clip and let a pre-trained model fill it in.
+    """Remove something from a clip: what other frames show is taken from there, the rest is filled by a model.
 
-    Example: diffmae render-inpaint clip.mp4 --mask box:40%,30%,20%,40%
+    Without a model that is known or named, the rest is filled by a classical method.
+
+    Example: diffmae render-inpaint clip.mp4 --mask object.png
     """
     from diffmae_video.mask_text import MaskRequest
     from diffmae_video.pipelines import render_inpaint as stage
@@ -87,7 +98,7 @@ def render_inpaint(
         job_of(options),
         clip,
         MaskRequest(tuple(mask or ()), track, dilate, invert),
-        options={**fields, "stride": stride, "window": window},
+        options={**fields, "stride": stride, "window": window, "propagate": propagate},
         lossless=lossless,
         fps=fps,
     )

@@ -36,6 +36,12 @@ class MaskRequest:
     invert: bool = False
     """Hide what the masks show, and show what they hide."""
 
+    @property
+    def generated(self) -> bool:
+        """Whether a part of it is drawn by a masker or hides whole frames: it shows what a model does, and removes
+        nothing."""
+        return any(is_generated(text) for text in self.texts)
+
     def names(self) -> list[str]:
         """The masks as they were written."""
         return [*self.texts, *([f"track {self.track}"] if self.track else [])]
@@ -73,6 +79,11 @@ class Region:
     columns: slice
     first: int
     last: int
+
+
+def is_generated(text: str) -> bool:
+    """Whether a mask in words is drawn by a masker or hides whole frames: no box, no file."""
+    return text.partition(":")[0] in (*maskers.names(), "frames")
 
 
 def read_mask_text(text: str, extent: Extent) -> Generated | Region | None:

@@ -6,6 +6,7 @@ Nothing heavy is imported here: that nothing is known is said at once.
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffmae_video.data.datasets import dataset_names
@@ -35,6 +36,46 @@ def find_run(kind: str, given: str | Path | None, task: str | None = None) -> tu
     entry = Workspace.here().require(kind, "--checkpoint", **({"task": task} if task else {}))
     what = {"finetune": "fine-tuning", "pretrain": "pre-training"}[kind]
     return entry.path, f"Checkpoint: {entry.path} (the newest {what}{f' for {task}' if task else ''})."
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How the hidden part of a clip is to be filled."""
+
+    propagate: str = "auto"
+    """`render.propagate`."""
+    generated: bool = False
+    """The mask is drawn by a masker, which shows a model and removes nothing (`mask_text.is_generated`)."""
+
+    @property
+    def looks_elsewhere(self) -> bool:
+        """Whether what other frames show is taken from there."""
+        return self.propagate == "only" or (self.propagate == "auto" and not self.generated)
+
+
+def find_inpainter(given: str | Path | None, fill: Fill) -> tuple[str, str] | None:
+    """The run that inpaints (see `find_run`), or None where what no other frame shows is filled without a model.
+
+    Args:
+        given: `--checkpoint`; the workspace's newest pre-training without it.
+        fill: with `only` no model is asked; with `auto` one is not needed, save for a generated mask.
+
+    Raises:
+        UsageError: a model is needed and none is there, or one is given that would not be asked.
+        StorageError, DataError: a hub does not answer, or has nothing that can be read.
+    """
+    if fill.propagate == "only":
+        if given is not None:
+            raise UsageError("--propagate only asks no model: leave --checkpoint away, or take --propagate auto.")
+        return None
+    if given is None and Workspace.here().latest("pretrain") is None:
+        if fill.propagate == "auto" and not fill.generated:
+            return None
+        raise UsageError(
+            f"No pretrain result is known in {Workspace.here().folder}: run `diffmae pretrain --video` first or give "
+            "--checkpoint; a mask that shows what should go (--mask object.png) needs no model."
+        )
+    return find_run("pretrain", given)
 
 
 def find_init(init: str) -> tuple[str | None, str]:

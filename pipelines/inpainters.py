@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from diffmae_video.config import Settings
+from dataclasses import dataclass
+
+from diffmae_video.config import Settings, load_settings, override_settings
 from diffmae_video.errors import UsageError
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.classifiers import Loaded, load
 from diffmae_video.pipelines.console import say
-from diffmae_video.pipelines.find import find_run
+from diffmae_video.pipelines.find import Fill, find_inpainter, find_run
 from diffmae_video.pipelines.job import Job
 from diffmae_video.training.hardware import pick_device
 
@@ -25,6 +27,37 @@ def load_inpainter(job: Job) -> tuple[str, DiffMAE, Loaded]:
     if not isinstance(loaded.model, DiffMAE):
         raise UsageError(f"{source} is a classifier, which cannot inpaint; give a pre-training run as --checkpoint.")
     return source, loaded.model, loaded
+
+
+@dataclass(frozen=True)
+class Painter:
+    """What fills the places that no other frame shows."""
+
+    settings: Settings
+    """Those saved with the model, else the defaults; overrides and seed of the job applied."""
+    checkpoint: str | None = None
+    """Run or weights; None for a classical fill."""
+    model: DiffMAE | None = None
+    weights_sha256: str = ""
+
+
+def choose_painter(job: Job, fill: Fill) -> Painter:
+    """The model that fills what no other frame shows, or none; says which.
+
+    Args:
+        fill: what the job says of the ways to fill.
+
+    Raises:
+        UsageError: a model is needed and none is there, or it cannot inpaint.
+        DataError: its weights are damaged.
+    """
+    if find_inpainter(job.checkpoint, fill) is not None:
+        checkpoint, model, loaded = load_inpainter(job)
+        return Painter(loaded.settings, checkpoint, model, loaded.weights_sha256)
+    if fill.propagate == "auto":
+        say("No model is known here: what no other frame shows is filled by a classical method (Telea).")
+    recipe = None if job.recipe == "auto" else job.recipe
+    return Painter(override_settings(load_settings(recipe, "render", job.overrides), (), job.seed))
 
 
 def check_steps(settings: Settings) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from diffmae_video.mask_text import MaskRequest
-from diffmae_video.pipelines.find import find_run
+from diffmae_video.config import RenderSettings, load_settings
+from diffmae_video.errors import UsageError
+from diffmae_video.mask_text import MaskRequest, is_generated
+from diffmae_video.pipelines.find import Fill, find_inpainter
 from diffmae_video.pipelines.job import Job
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ def render(
 
     Args:
         job: its recipe names the `render` settings (those saved with the run without it), its checkpoint a pre-training
-            run. An unfinished render of the same is continued.
+            run. Without one, what no other frame shows is filled by a classical method. An unfinished render of the
+            same is continued.
         clip: video, image, or folder of images.
         mask: what to hide, `MaskRequest(("center",))`; the recipe's `render.mask` without it.
         options: single fields of the render settings, which win over all others; None values count as absent.
@@ -38,14 +41,32 @@ def render(
         What was made and measured; None for a dry run.
 
     Raises:
-        UsageError: no model, a mask that does not fit, an output folder in use.
+        UsageError: no model where one is needed, a mask that does not fit, an output folder in use.
         DataError: a clip that cannot be read, weights that are damaged.
         Stopped: a signal ended it; the same call continues.
     """
     job.resume_auto_or_never()
-    find_run("pretrain", job.checkpoint)  # before anything heavy is imported
+    fill = _asked(job, mask, (options or {}).get("propagate"))
+    find_inpainter(job.checkpoint, fill)  # before anything heavy is imported
 
     from diffmae_video.pipelines.render_pass import plan_render, run_render
 
-    with plan_render(job, clip, mask, options={**(options or {}), "lossless": lossless}, fps=fps) as plan:
+    with plan_render(job, clip, mask, fill, options={**(options or {}), "lossless": lossless}, fps=fps) as plan:
         return None if job.dry_run else run_render(job, plan)
+
+
+def _asked(job: Job, mask: MaskRequest, propagate: str | None) -> Fill:
+    """What a job says of the ways to fill, before a model is chosen.
+
+    Args:
+        propagate: the option, which wins over recipe and overrides.
+
+    Raises:
+        UsageError: an unknown recipe, setting or choice.
+    """
+    asked = load_settings(None if job.recipe == "auto" else job.recipe, "render", job.overrides).render
+    choices = get_args(RenderSettings.model_fields["propagate"].annotation)
+    if propagate is not None and propagate not in choices:
+        raise UsageError(f"--propagate {propagate}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
+    named = mask.texts or mask.track
+    return Fill(propagate or asked.propagate, mask.generated if named else is_generated(asked.mask))

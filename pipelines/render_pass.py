@@ -1,10 +1,10 @@
-"""The work of `render_inpaint.render`: a plan, then the clip streamed through the model into its files."""
+"""The work of `render_inpaint.render`: a plan, then the clip streamed through the fillers into its files."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,23 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.mask_text import MaskRequest
 from diffmae_video.pipelines.console import format_seconds, progress, say
-from diffmae_video.pipelines.inpainters import check_steps, load_inpainter
+from diffmae_video.pipelines.find import Fill
+from diffmae_video.pipelines.inpainters import check_steps, choose_painter
 from diffmae_video.pipelines.job import Job
-from diffmae_video.pipelines.render_report import RenderResult, read_render_result, write_render_result
-from diffmae_video.pipelines.render_resume import WORK, WindowFiles, render_identity
+from diffmae_video.pipelines.render_report import (
+    RenderResult,
+    describe_figures,
+    read_render_result,
+    write_render_result,
+)
+from diffmae_video.pipelines.render_resume import WORK, TakenFiles, WindowFiles, render_identity
 from diffmae_video.pipelines.run import open_run
 from diffmae_video.registry import samplers
 from diffmae_video.rendering.album import Album, write_trajectory
-from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.fillers import SPECK, Classical, Propagation
+from diffmae_video.rendering.frames import Filler, Frame
 from diffmae_video.rendering.inpaint import Inpainter
-from diffmae_video.rendering.masks import ClipMask, build_mask
+from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import Writer, open_writer, write_png
@@ -42,47 +49,91 @@ class Plan:
     """Everything a render needs, found and checked before anything is written."""
 
     source: VideoSource
-    inpainter: Inpainter
+    propagation: Propagation | None
+    """Takes from other frames what they show; None where the model is to fill all of it."""
+    classical: Classical
+    """Fills what is left before the model: specks; without a model everything."""
+    inpainter: Inpainter | None
     mask: ClipMask
+    removal: bool
+    """Something is removed: the source is no truth to compare with."""
     settings: Settings
-    checkpoint: str
+    checkpoint: str | None
+    """None without a model."""
     weights: str
-    """Digest of the model's weights."""
+    """Digest of the model's weights; empty without a model."""
     touched: list[int]
     """Frames in which something is hidden."""
+
+    @property
+    def fillers(self) -> list[Filler]:
+        """In the order in which frames pass them."""
+        before: list[Filler] = [] if self.propagation is None else [self.propagation]
+        if self.inpainter is None:
+            return [*before, self.classical]
+        return [*before, self.classical, self.inpainter] if before else [self.inpainter]
 
 
 @contextmanager
 def plan_render(
-    job: Job, clip: Path | str, mask: MaskRequest, options: Mapping[str, Any], fps: float
+    job: Job, clip: Path | str, mask: MaskRequest, fill: Fill, options: Mapping[str, Any], fps: float
 ) -> Iterator[Plan]:
-    """Load the model, open the clip, read the mask, and say what is about to happen; closes the clip at the end.
+    """Choose the model, open the clip, read the mask, and say what is about to happen; closes the clip at the end.
 
     Args:
+        fill: what the job says of the ways to fill.
         options: fields of the render settings, and `lossless`.
         fps: frame rate of a folder of images.
 
     Raises:
         UsageError, DataError: see `render_inpaint.render`.
     """
-    checkpoint, model, loaded = load_inpainter(job)
-    settings = _settings(loaded.settings, job, options)
+    painter = choose_painter(job, fill)
+    settings = _settings(painter.settings, job, {**options, "propagate": fill.propagate})
     with closing(VideoSource(clip, fps)) as source:
-        stride = _stride(settings, source, model.settings.frames)
-        inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
+        inpainter, model = None, painter.model
+        if model is not None:
+            stride = _stride(settings, source, model.settings.frames)
+            inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
         request = mask if mask.texts or mask.track else replace(mask, texts=(settings.render.mask,))
-        shape = inpainter.clip_shape((source.height, source.width), source.frames, float(source.fps))
-        drawn = build_mask(request, shape)
+        drawn = build_mask(request, _shape(source, settings, inpainter))
         share, touched = _survey(drawn, source.frames)
         for note in drawn.notes:
             say(note)
+        fill = replace(fill, generated=request.generated)  # of the mask that the model's own settings name
+        propagation = Propagation() if fill.looks_elsewhere else None
+        ways = [] if propagation is None else ["What other frames show is taken from there."]
+        if inpainter is not None:
+            ways += [
+                f"Windows of {inpainter.length} frames, stride {inpainter.stride}, at "
+                f"{inpainter.size[1]}x{inpainter.size[0]}; {settings.render.sampler}, {settings.render.steps} steps."
+            ]
         say(
             f"Clip: {source.path}, {source.width}x{source.height}, {source.frames} frames, "
-            f"{source.frames / float(source.fps):.3g} s. Mask: {request}, {share:.1%} hidden. "
-            f"Windows of {inpainter.length} frames, stride {stride}, at {inpainter.size[1]}x{inpainter.size[0]}; "
-            f"{settings.render.sampler}, {settings.render.steps} steps."
+            f"{source.frames / float(source.fps):.3g} s. Mask: {request}, {share:.1%} hidden. {' '.join(ways)}"
         )
-        yield Plan(source, inpainter, drawn, settings, checkpoint, loaded.weights_sha256, touched)
+        yield Plan(
+            source,
+            propagation,
+            Classical(None if inpainter is None else SPECK),
+            inpainter,
+            drawn,
+            not request.generated,
+            settings,
+            painter.checkpoint,
+            painter.weights_sha256,
+            touched,
+        )
+
+
+def _shape(source: VideoSource, settings: Settings, inpainter: Inpainter | None) -> ClipShape:
+    """What the mask must fit; generated ones lie on the grid of the model, or, without one, of that in the settings."""
+    size, fps = (source.height, source.width), float(source.fps)
+    if inpainter is not None:
+        return inpainter.clip_shape(size, source.frames, fps)
+    model = settings.model
+    grid = (max(1, model.frames // model.tubelet), model.size[0] // model.patch, model.size[1] // model.patch)
+    return ClipShape(*size, source.frames, fps, grid, model.frames, settings.seed)
 
 
 def run_render(job: Job, plan: Plan) -> RenderResult:
@@ -91,30 +142,36 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
     Raises:
         UsageError, DataError, Stopped: see `render_inpaint.render`.
     """
-    inpainter, request = plan.inpainter, plan.mask.request
-    identity = render_identity(plan.source, plan.weights, plan.settings, request, inpainter.stride)
+    inpainter, propagation = plan.inpainter, plan.propagation
+    stride = 1 if inpainter is None else inpainter.stride
+    identity = render_identity(plan.source, plan.weights, plan.settings, plan.mask.request, stride)
     with open_run(job, identity, finished="refuse" if job.resume == "never" else "yield") as run:
         if run.earlier.get("status") == "finished":
             say(f"{run.directory} holds this render already: done before.")
             return read_render_result(run.directory)
         if job.resume == "never":
             shutil.rmtree(run.directory / WORK, ignore_errors=True)
-        inpainter.store = WindowFiles(run.directory / WORK / "windows")
         with stop_on_signal() as signals:
-            inpainter.between_steps = lambda: signals.check(
-                f"the same command continues the render of {plan.source.path}"
-            )
+
+            def check() -> None:
+                signals.check(f"the same command continues the render of {plan.source.path}")
+
+            if inpainter is not None:
+                inpainter.store, inpainter.between_steps = WindowFiles(run.directory / WORK / "windows"), check
+            if propagation is not None:
+                propagation.store = TakenFiles(run.directory / WORK / "taken")
+                propagation.between_frames = check
             try:
-                result = _write(plan, run.directory)
+                result = _write(plan, run.directory, check)
             except (UsageError, DataError):
                 if not run.earlier:
                     shutil.rmtree(run.directory / WORK, ignore_errors=True)  # so that the folder is given back
                 raise
-        shutil.rmtree(run.directory / WORK)
+        shutil.rmtree(run.directory / WORK, ignore_errors=True)
         run.finish(clip=str(plan.source.path), mask=result.mask, checkpoint=plan.checkpoint)
     say(
-        f"Done in {format_seconds(result.seconds)}: {result.video}. Hidden region against the source: "
-        f"PSNR {result.psnr_masked:.2f} dB, SSIM {result.ssim_masked:.3f}. Pictures and report.html lie beside it."
+        f"Done in {format_seconds(result.seconds)}: {result.video}. {describe_figures(result)} "
+        "Pictures and report.html lie beside it."
     )
     return result
 
@@ -166,12 +223,21 @@ def _frames(plan: Plan) -> Iterator[Frame]:
         yield Frame(number, frame.rgb, plan.mask(min(number, plan.source.frames - 1)), frame.pts)
 
 
-def _write(plan: Plan, directory: Path) -> RenderResult:
-    """Stream the clip through the model into its files, then write what is read off it."""
+def _write(plan: Plan, directory: Path, check: Callable[[], None]) -> RenderResult:
+    """Stream the clip through the fillers into its files, then write what is read off it.
+
+    Args:
+        check: called between frames; raises where a signal has asked to stop.
+    """
     started, settings = time.monotonic(), plan.settings
-    source, inpainter, samples = plan.source, plan.inpainter, settings.render.samples
-    closeness, album, hidden = Closeness(), Album(plan.touched), 0
-    panels = Panels(["source", "masked", "MAE's one step", "result"], source.height, source.width)
+    source, inpainter, propagation = plan.source, plan.inpainter, plan.propagation
+    samples = settings.render.samples if inpainter is not None else 1
+    closeness, hidden, count = Closeness(), 0, 0
+    title, third = (
+        ("MAE's one step", Frame.one_step) if propagation is None else ("from other frames", Frame.from_others)
+    )
+    album = Album(plan.touched, title, third)
+    panels = Panels(["source", "masked", title, "result"], source.height, source.width)
     with ExitStack() as undo:
 
         def writer(stem: str, codec: str, size: tuple[int, int] | None = None) -> Writer:
@@ -183,16 +249,20 @@ def _write(plan: Plan, directory: Path) -> RenderResult:
         results = [writer(name, settings.render.codec) for name in names]
         comparison = writer("comparison", "h264", panels.size)
         with progress(source.frames, "render-inpaint", "frames") as line:
-            for frame in inpainter.stream(_frames(plan)):
+            stream = _frames(plan)
+            for filler in plan.fillers:
+                stream = filler.stream(stream)
+            for frame in stream:
                 for k, made in enumerate(results):
                     made.write(frame.result(k), frame.pts)
-                pictures = [frame.source, frame.masked(), frame.one_step(), frame.result()]
+                pictures = [frame.source, frame.masked(), third(frame), frame.result()]
                 comparison.write(panels.compose(pictures), frame.pts)
-                closeness.add(frame.source, frame.result(), frame.hidden)
-                hidden += int(frame.hidden.sum())
+                if not plan.removal:
+                    closeness.add(frame.source, frame.result(), frame.hidden)
+                hidden, count = hidden + int(frame.hidden.sum()), count + 1
                 album.add(frame)
-                line.update(1, windows=inpainter.windows)
-                inpainter.between_steps()
+                line.update(1, **({} if inpainter is None else {"windows": inpainter.windows}))
+                check()
         if hidden == 0:  # of the frames that could be decoded
             raise UsageError(f"--mask {plan.mask.request} hides nothing of the clip; choose what to inpaint.")
         for made in [*results, comparison]:
@@ -201,26 +271,44 @@ def _write(plan: Plan, directory: Path) -> RenderResult:
     write_png(directory / "sheet.png", album.sheet(f"{source.path.name}, {plan.mask.request}"))
     if samples > 1:
         write_png(directory / "uncertainty.png", album.uncertainty(f"Spread of {samples} samples"))
-    if inpainter.trajectory is not None and len(inpainter.trajectory.steps) > 1:
+    if inpainter is not None and inpainter.trajectory is not None and len(inpainter.trajectory.steps) > 1:
         write_trajectory(directory / "trajectory.mp4", inpainter.trajectory, settings.render.steps)
     result = RenderResult(
         directory=str(directory),
         video=str(results[0].path),
         clip=str(source.path),
         mask=plan.mask.request.names(),
-        frames=closeness.frames,
+        frames=count,
         size=[source.width, source.height],
-        masked_share=hidden / (closeness.frames * source.height * source.width),
+        masked_share=hidden / (count * source.height * source.width),
         seconds=round(time.monotonic() - started, 3),
-        windows=inpainter.windows,
-        windows_resumed=inpainter.restored,
-        steps=settings.render.steps,
-        sampler=settings.render.sampler,
         samples=samples,
-        stride=inpainter.stride,
         seed=settings.seed,
         checkpoint=plan.checkpoint,
-        **closeness.figures(),
+        removal=plan.removal,
+        **_shares(plan, hidden),
+        **({} if inpainter is None else _sampling(inpainter)),
     )
+    if not plan.removal:
+        result = replace(result, **closeness.figures())
     write_render_result(result, settings)
     return result
+
+
+def _shares(plan: Plan, hidden: int) -> dict[str, Any]:
+    """How the hidden pixels were filled, as shares that add up to 1."""
+    taken, classical = 0 if plan.propagation is None else plan.propagation.pixels, plan.classical.pixels
+    shares = {"propagated_share": taken / hidden, "classical_share": classical / hidden}
+    if plan.propagation is not None and taken:
+        shares["propagated_confidence"] = plan.propagation.confidence / taken
+    return {**shares, "modelled_share": (hidden - taken - classical) / hidden}
+
+
+def _sampling(inpainter: Inpainter) -> dict[str, Any]:
+    return {
+        "windows": inpainter.windows,
+        "windows_resumed": inpainter.restored,
+        "steps": inpainter.settings.steps,
+        "sampler": inpainter.settings.sampler,
+        "stride": inpainter.stride,
+    }

@@ -14,6 +14,7 @@ import numpy as np
 from diffmae_video.config import Settings
 from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.mask_text import MaskRequest
+from diffmae_video.rendering.fillers import Taken
 from diffmae_video.rendering.inpaint import Sampled, Trajectory
 from diffmae_video.rendering.source import VideoSource
 
@@ -47,13 +48,38 @@ class WindowFiles:
         write_atomic(self.folder / f"{key}.npz", buffer.getvalue())
 
 
+class TakenFiles:
+    """What was taken from other frames, one file a frame (rendering.fillers.TakenStore)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, number: int) -> Taken | None:
+        """What was saved of a frame; None where nothing whole was."""
+        try:
+            with np.load(self.folder / f"{number}.npz", allow_pickle=False) as file:
+                shape = tuple(file["shape"].tolist())
+                seen = np.unpackbits(file["seen"], count=int(np.prod(shape))).view(bool).reshape(shape)
+                return Taken(seen, file["rgb"], float(file["confidence"]))
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def save(self, number: int, taken: Taken) -> None:
+        """Keep it, whole or not at all."""
+        buffer = io.BytesIO()
+        seen, shape = np.packbits(taken.seen), np.array(taken.seen.shape)
+        np.savez_compressed(buffer, seen=seen, shape=shape, rgb=taken.rgb, confidence=np.float64(taken.confidence))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / f"{number}.npz", buffer.getvalue())
+
+
 def render_identity(
     source: VideoSource, weights: str, settings: Settings, mask: MaskRequest, stride: int
 ) -> dict[str, Any]:
     """What makes two renders the same (`pipelines.run.open_run`): all that decides what is written.
 
     Args:
-        weights: digest of the model's weights.
+        weights: digest of the model's weights; empty without a model.
         mask: files among its texts count by their content, since they may change under the same name.
     """
     digest = hashlib.sha256()

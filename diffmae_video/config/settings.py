@@ -425,6 +425,9 @@ class RenderSettings(Section):
 
     mask: str = "random:0.75"
     """`KIND[:VALUE]`, a box, or a file; see `diffmae render-inpaint --help`."""
+    propagate: Literal["auto", "off", "only"] = "auto"
+    """Take from other frames what they show of the hidden part: `auto` does where the mask shows something that should
+    go (a box, a file) and not where it is generated, which shows the model; `only` asks no model at all."""
     sampler: SamplerName = "ddim"
     """Sampler."""
     steps: Annotated[int, Field(gt=0, le=100_000)] = 3

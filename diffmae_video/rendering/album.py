@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +24,17 @@ class Album:
 
     Args:
         touched: numbers of the frames in which something is hidden.
+        title: of the third row of the sheet.
+        third: what it shows of a frame, uint8 (H, W, 3).
     """
 
-    def __init__(self, touched: Sequence[int]) -> None:
+    def __init__(
+        self,
+        touched: Sequence[int],
+        title: str = "MAE's one step",
+        third: Callable[[Frame], np.ndarray] = Frame.one_step,
+    ) -> None:
+        self.title, self.third = title, third
         places = np.linspace(0, len(touched) - 1, min(SHEET_COLUMNS, len(touched)))
         self.numbers = {touched[place] for place in places.round().astype(int)}
         self.frames: list[Frame] = []
@@ -37,11 +45,11 @@ class Album:
             self.frames.append(frame)
 
     def sheet(self, title: str) -> np.ndarray:
-        """Source, masked, one step and result of each frame: uint8 (H, W, 3)."""
+        """Source, masked, the third row and result of each frame: uint8 (H, W, 3)."""
         rows = [
             ("source", [frame.source for frame in self.frames]),
             ("masked", [frame.masked() for frame in self.frames]),
-            ("MAE's one step", [frame.one_step() for frame in self.frames]),
+            (self.title, [self.third(frame) for frame in self.frames]),
             ("result", [frame.result() for frame in self.frames]),
         ]
         return contact_sheet(rows, self._columns(), title)

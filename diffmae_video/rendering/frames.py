@@ -2,15 +2,17 @@
 
 A source (`source.VideoSource`) yields pictures; each becomes a `Frame` that knows what the mask hides and what of that
 is still unfilled. A filler takes frames in order and yields them in order, with pixels filled in; it may hold back as
-many as it needs to look ahead. `inpaint.Inpainter` is the last filler: whatever those before it have left is filled by
-the model, with all that is filled already as its context. Writers (`writers.open_writer`) take finished frames one at a
+many as it needs to look ahead. `fillers.Propagation` takes from other frames what they show; `inpaint.Inpainter` is the
+last filler: whatever those before it have left is filled by the model, with all that is filled already as its context.
+Without a model `fillers.Classical` stands in its place. Writers (`writers.open_writer`) take finished frames one at a
 time, so that memory does not grow with the length of the video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +34,8 @@ class Frame:
     """K x uint8 (H, W, 3), one a sample; empty where nothing was filled."""
     first: np.ndarray | None = None
     """uint8 (H, W, 3), filled with the model's answer of the first denoising step."""
+    seen: np.ndarray | None = None
+    """bool (H, W), what of the hidden part was taken from other frames; None where nobody looked."""
 
     def __post_init__(self) -> None:
         if self.unfilled.shape != self.hidden.shape:
@@ -45,12 +49,23 @@ class Frame:
             self.first = self.result().copy()
 
     def result(self, sample: int = 0) -> np.ndarray:
-        """Sample `sample` of this frame, uint8 (H, W, 3); the source itself where nothing was hidden."""
-        return self.filled[sample] if self.filled else self.source
+        """Sample `sample` of this frame, uint8 (H, W, 3); the source itself where nothing was hidden.
+
+        What is filled before the model is asked is the same in all samples, and kept once.
+        """
+        return self.filled[min(sample, len(self.filled) - 1)] if self.filled else self.source
 
     def one_step(self) -> np.ndarray:
         """The masked autoencoder's answer: the prediction of the first denoising step, uint8 (H, W, 3)."""
         return self.result() if self.first is None else self.first
+
+    def from_others(self, grey: int = 127) -> np.ndarray:
+        """The source with what other frames show of its hidden part, the rest in grey: uint8 (H, W, 3)."""
+        if self.seen is None:
+            return self.masked(grey)
+        shown = self.result().copy()
+        shown[self.hidden & ~self.seen] = grey
+        return shown
 
     def masked(self, grey: int = 127) -> np.ndarray:
         """The source with the hidden part in grey, uint8 (H, W, 3)."""
@@ -59,5 +74,9 @@ class Frame:
         return shown
 
 
-Filler = Callable[[Iterable[Frame]], Iterator[Frame]]
-"""Fills hidden pixels of frames as they pass, in order."""
+class Filler(Protocol):
+    """Fills hidden pixels of frames as they pass, in order."""
+
+    def stream(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Yield every frame, in order; what it filled is no longer `unfilled`."""
+        ...

@@ -14,8 +14,9 @@ continued into the hole), Perez et al. 2003 ("Poisson image editing": difference
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -62,12 +63,17 @@ class Propagator:
     def __init__(self, settings: PropagateSettings | None = None) -> None:
         self.settings = settings or PropagateSettings()
 
-    def stream(self, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Iterator[Seen]:
+    def stream(
+        self,
+        frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
+        wanted: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[Seen]:
         """Fill frames and yield each, in order, once `window` frames after it were read.
 
         Args:
             frames: (number, rgb uint8 (H, W, 3), hidden bool (H, W)), all of one size; kept while they are in the
                 window, and not written to.
+            wanted: whether a frame, by its number, is filled; others pass unfilled.
 
         Yields:
             (number, rgb, seen, confidence): a copy of the frame in which hidden pixels that another frame shows are
@@ -76,7 +82,7 @@ class Propagator:
         """
         source = iter(frames)
         window: deque[View] = deque()
-        links: deque[np.ndarray | None] = deque()  # motion from the frame before, None at a cut
+        links: deque[_Link] = deque()  # from the frame before
         position, ended = 0, False  # of the frame that is filled next
         while True:
             while not ended and len(window) <= position + self.settings.window:
@@ -86,13 +92,12 @@ class Propagator:
                     break
                 view = View(*item)
                 del item
-                with one_thread():
-                    links.append(neighbour_motion(window[-1], view) if window else None)
+                links.append(_Link(window[-1] if window else None, view))
                 window.append(view)
             if position == len(window):
                 return
             with one_thread():
-                answer = self._fill(list(window), list(links), position)
+                answer = self._fill(list(window), list(links), position, wanted(window[position].number))
             if position == self.settings.window:
                 window.popleft()
                 links.popleft()
@@ -100,13 +105,13 @@ class Propagator:
                 position += 1
             yield answer
 
-    def _fill(self, window: list[View], links: list[np.ndarray | None], position: int) -> Seen:
-        """Fill one frame of a window; `links` holds the motion from each one's predecessor."""
+    def _fill(self, window: list[View], links: list[_Link], position: int, wanted: bool) -> Seen:
+        """Fill one frame of a window, where wanted; `links` holds the motion from each one's predecessor."""
         view = window[position]
         result = view.rgb.copy()
         seen = np.zeros(view.hidden.shape, dtype=bool)
         confidence = np.zeros(view.hidden.shape, dtype=np.float32)
-        if view.hidden.any() and not view.hidden.all():
+        if wanted and view.hidden.any() and not view.hidden.all():
             others = reach(window, links, position)
             for box in boxes(view.hidden):
                 region = Region(view, box)
@@ -124,7 +129,19 @@ class Propagator:
         return view.number, result, seen, confidence
 
 
-def reach(window: Sequence[View], links: Sequence[np.ndarray | None], position: int) -> list[tuple[View, np.ndarray]]:
+class _Link:
+    """The motion from a frame to the next, found once it is asked for: where nothing is hidden it never is."""
+
+    def __init__(self, before: View | None, after: View) -> None:
+        self.before, self.after = before, after
+
+    @cached_property
+    def motion(self) -> np.ndarray | None:
+        """Homography float64 (3, 3); None at a cut."""
+        return None if self.before is None else neighbour_motion(self.before, self.after)
+
+
+def reach(window: Sequence[View], links: Sequence[_Link], position: int) -> list[tuple[View, np.ndarray]]:
     """Frames of the same shot, and where the points of the frame at `position` lie in them: homographies (3, 3).
 
     Nearest first; neither a cut nor a view that no longer shares anything is passed.
@@ -133,7 +150,7 @@ def reach(window: Sequence[View], links: Sequence[np.ndarray | None], position: 
     for step in (-1, 1):
         motion, at = np.eye(3), position
         while 0 <= at + step < len(window):
-            link = links[at if step < 0 else at + 1]
+            link = links[at if step < 0 else at + 1].motion
             if link is None:
                 break
             motion = (np.linalg.inv(link) if step < 0 else link) @ motion

@@ -26,7 +26,8 @@ from diffmae_video.config import DiffusionSettings, ModelSettings
 from diffmae_video.mask_text import MaskRequest
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
-from diffmae_video.pipelines.render_resume import WindowFiles
+from diffmae_video.pipelines.render_resume import TakenFiles, WindowFiles
+from diffmae_video.rendering.fillers import Taken
 from diffmae_video.rendering.inpaint import Sampled
 from diffmae_video.rendering.masks import ClipShape, build_mask
 from diffmae_video.rendering.source import VideoSource
@@ -86,6 +87,7 @@ def test_everything_is_written(clip: Path, model: Path) -> None:
     assert 0 < result["psnr_masked"] < 40
     assert -1 <= result["ssim_masked"] <= 1
     assert {"seconds", "steps", "seed", "sampler", "windows"} <= set(result)
+    assert (result["removal"], result["modelled_share"], result["propagated_share"]) == (False, 1, 0)
     report = Path("out/report.html").read_text()
     assert report.count("data:video/mp4;base64") >= 2
     entries = json.loads(Path(".diffmae/workspace.json").read_text())["entries"]
@@ -136,7 +138,8 @@ def test_a_report_embeds_no_more_than_a_page_can_hold(clip: Path, model: Path, m
     "mask", ["random:0.75", "tube:0.5", "center", "block:0.5", "frames:2-4", "future:0.3", "box:5,6,20,15@2-7"]
 )
 def test_lossless_is_bit_equal_outside_the_mask(clip: Path, model: Path, mask: str) -> None:
-    assert render(clip, model, "--mask", mask, "--lossless", "--out", "out") == 0
+    # what other frames show would come back as it was
+    assert render(clip, model, "--mask", mask, "--propagate", "off", "--lossless", "--out", "out") == 0
     source, result = pixels(clip), pixels(Path("out/inpainted.mkv"))
     assert source.shape == result.shape
     share = json.loads(Path("out/result.json").read_text())["masked_share"]
@@ -167,7 +170,7 @@ def test_drawn_mask_removes_an_object(clip: Path, model: Path) -> None:
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     mask[8:20, 10:30] = 255
     Image.fromarray(mask).save("mask.png")
-    exact = ["--lossless", "--set", "render.blend=false"]  # which leaves no pixel as it was
+    exact = ["--lossless", "--propagate", "off", "--set", "render.blend=false"]  # which leaves no pixel as it was
     assert render(clip, model, "--mask", "mask.png", "--dilate", "2", *exact, "--out", "out") == 0
     changed = (pixels(clip) != pixels(Path("out/inpainted.mkv"))).any((0, 3))
     rows, columns = np.nonzero(changed)
@@ -188,6 +191,8 @@ def test_drawn_mask_removes_an_object(clip: Path, model: Path) -> None:
         (["--mask", "center", "--sampler", "euler"], 2, "--sampler euler"),
         (["--mask", "center", "--steps", "5000"], 2, "1000 timesteps"),
         (["--mask", "frames:0-8"], 2, "hidden whole"),
+        (["--mask", "box:1,1,9,9", "--propagate", "on"], 2, "--propagate on: choose auto, off or only"),
+        (["--mask", "box:1,1,9,9", "--propagate", "only"], 2, "leave --checkpoint away"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
@@ -269,6 +274,66 @@ def test_a_signal_during_a_render_is_one_sentence_and_the_next_call_continues(
     assert render(clip, model, *arguments, "--resume", "never", "--out", "whole") == 0
     for name in ("inpainted.mkv", "inpainted-2.mkv", "trajectory.mp4", "uncertainty.png"):
         assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
+
+
+TRACK = "0:5,8,14,12;9:30,8,14,12"  # moves over a pattern that moves the same way
+
+
+def test_a_removal_needs_no_model_and_is_not_compared_with_what_went(
+    clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a fresh machine, where no model is known."""
+    assert run(["render-inpaint", str(clip), "--track", TRACK, "--lossless", "--out", "out"]) == 0
+    assert "No model is known" in capsys.readouterr().out
+    assert run(["render-inpaint", str(clip), "--track", TRACK, "--propagate", "only", "--lossless", "--out", "b"]) == 0
+    assert "No model is known" not in capsys.readouterr().out
+    assert (Path("out") / "inpainted.mkv").read_bytes() == (Path("b") / "inpainted.mkv").read_bytes()
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["removal"] is True
+    assert result["checkpoint"] is None
+    assert {value for name, value in result.items() if name.startswith(("psnr", "ssim"))} == {None}
+    assert result["propagated_share"] > 0.3
+    assert result["propagated_share"] + result["classical_share"] == pytest.approx(1)
+    assert "Against the source" not in Path("out/report.html").read_text()
+    mask = build_mask(MaskRequest((), TRACK), ClipShape(HEIGHT, WIDTH, COUNT, 25.0, (2, 4, 4), 4))
+    hidden = np.stack([mask(n) for n in range(COUNT)])
+    source, made = pixels(clip), pixels(Path("out/inpainted.mkv"))
+    np.testing.assert_array_equal(made[~hidden], source[~hidden])
+    assert [frame.pts for frame in VideoSource("out/inpainted.mkv")] == [frame.pts for frame in VideoSource(clip)]
+
+
+def test_a_generated_mask_without_a_model(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["render-inpaint", str(clip), "--mask", "tube:0.5", "--propagate", "off"]) == 2
+    assert "--mask object.png" in capsys.readouterr().err
+    assert run(["render-inpaint", str(clip), "--mask", "block:0.3", "--propagate", "only", "--out", "out"]) == 0
+    assert json.loads(Path("out/result.json").read_text())["psnr_masked"] > 0
+
+
+def test_a_removal_with_a_model_stopped_and_continued_equals_one_that_was_not(
+    clip: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = TakenFiles.save
+
+    def save_then_signal(self: TakenFiles, number: int, taken: Taken) -> None:
+        save(self, number, taken)
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = ["--track", TRACK, "--mask", "box:0,20,14,14", "--samples", "2", "--lossless"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TakenFiles, "save", save_then_signal)
+        assert render(clip, model, *arguments) == 75
+    assert len(list(Path("runs/render-001/.work/taken").glob("*.npz"))) == 7
+    assert render(clip, model, *arguments) == 0
+    assert render(clip, model, *arguments, "--resume", "never", "--out", "whole") == 0
+    for name in ("inpainted.mkv", "inpainted-2.mkv", "comparison.mp4", "sheet.png"):
+        assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
+    one, two = (json.loads((Path(at) / "result.json").read_text()) for at in ("runs/render-001", "whole"))
+    places = ("directory", "video", "seconds", "windows_resumed")
+    assert {k: v for k, v in one.items() if k not in places} == {k: v for k, v in two.items() if k not in places}
+    assert 0 < one["propagated_share"] < 1
+    assert one["modelled_share"] > 0
+    assert one["propagated_share"] + one["modelled_share"] + one["classical_share"] == pytest.approx(1)
 
 
 def test_a_folder_in_use_is_left_alone(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
