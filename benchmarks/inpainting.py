@@ -1,24 +1,20 @@
-"""Inpainting, measured: which sampler and how many steps, what a window costs, memory of long clips, longer strides.
+"""Inpainting, measured: what a window costs, memory of long clips, longer strides, the edges of small holes.
 
-    python benchmarks/inpainting.py layout REAL FOLDERS                   # clips for benchmarks/inpainting.toml
-    python benchmarks/inpainting.py steps --run RUN --data SHARDS [--clips 8]
     python benchmarks/inpainting.py time --run RUN --data SHARDS          # or --preset base --size 224 --device cuda
     python benchmarks/inpainting.py memory [--minutes 1 10]
     python benchmarks/inpainting.py stride --run RUN CLIP ...
     python benchmarks/inpainting.py edges --run RUN CLIP ...              # colours at the edge of small holes
 
-RUN is a pre-training run (benchmarks/inpainting.toml says how one was made), SHARDS what `diffmae shard` wrote. Each
-prints a table and writes benchmarks/results/inpainting-NAME.json.
+RUN is a pre-training run (benchmarks/sampling.py makes some, and measures steps and samplers), SHARDS what
+`diffmae shard` wrote. Each prints a table and writes benchmarks/results/inpainting-NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -39,20 +35,12 @@ from torch import Tensor
 from diffmae_video.config import DiffusionSettings, ModelSettings, RenderSettings, read_settings, with_overrides
 from diffmae_video.data.stream import build_stream
 from diffmae_video.evaluation.image_metrics import psnr, psnr_of
-from diffmae_video.evaluation.inpainting import DeepFeatures, cosine_distance, frechet_distance, to_frames
-from diffmae_video.masking import Mask, make_mask, parse_mask
+from diffmae_video.evaluation.inpainting import to_frames
+from diffmae_video.masking import Mask, make_mask
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.models.weights import load_model
 
-HELD_OUT = (
-    "hiera_goat",
-    "k400_arm_wrestling_ehLnj7pXnYE",
-    "tv_k400_SOX5yA1l24A",
-    "tv_ucf101_v_SoccerJuggling_g23_c01",
-)
-REFERENCE = ("ddpm", 1000)
-GRID = [("ddim", 1), ("ddpm", 50)] + [(sampler, n) for sampler in ("ddim", "dpm++") for n in (2, 3, 5, 10, 20, 50)]
 MASKS = ("random:0.75", "tube:0.75", "center")
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,13 +55,12 @@ def load_diffmae(run: Path) -> DiffMAE:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name in ("steps", "time", "stride", "edges"):
+    for name in ("time", "stride", "edges"):
         stage = stages.add_parser(name)
         stage.add_argument("--run", type=Path)
         stage.add_argument("--data")
         stage.add_argument("--device", default="cpu")
         stage.add_argument("--steps", type=int, default=RenderSettings().steps)
-    stages.choices["steps"].add_argument("--clips", type=int, default=8)
     for name in ("stride", "edges"):
         stages.choices[name].add_argument("clips", type=Path, nargs="+")
     window = stages.choices["time"]
@@ -86,14 +73,8 @@ def main() -> None:
     memory.add_argument("--minutes", type=float, nargs="+", default=[1, 10])
     memory.add_argument("--size", type=int, nargs=2, default=[320, 240])
     memory.add_argument("--fps", type=int, default=10)
-    layout = stages.add_parser("layout")
-    layout.add_argument("source", type=Path)
-    layout.add_argument("target", type=Path)
     options = parser.parse_args()
-    if options.stage == "layout":
-        lay_out(options.source, options.target)
-        return
-    measure = {"steps": steps, "time": window_time, "memory": memory_of_length, "stride": strides, "edges": edges}
+    measure = {"time": window_time, "memory": memory_of_length, "stride": strides, "edges": edges}
     rows = measure[options.stage](options)
     facts = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     given = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(options).items()}
@@ -106,19 +87,6 @@ def main() -> None:
     show(rows)
 
 
-def lay_out(source: Path, target: Path) -> None:
-    """Copy the clips of `tennis7/` by its splits, and those of `clips/` but for HELD_OUT, to SPLIT/CLASS folders."""
-    with open(source / "tennis7" / "splits.csv", newline="", encoding="utf-8") as file:
-        places = {
-            source / "tennis7" / row["path"]: target / row["split"] / row["label"] for row in csv.DictReader(file)
-        }
-    for clip in sorted((source / "clips").iterdir()):
-        places[clip] = target / ("val" if clip.stem in HELD_OUT else "train") / "clips"
-    for clip, folder in places.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(clip, folder / clip.name)
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows as a Markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
@@ -126,39 +94,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
 
 
-# --- how many steps --------------------------------------------------------------------------------------------------
-
-
-def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Quality of one sample by sampler and steps, relative to 1000-step DDPM with the same masks and seeds."""
-    model, clips = load_diffmae(options.run).eval().to(options.device), validation_clips(options, options.clips)
-    features = DeepFeatures(options.device)
-    sources = to_frames(clips)
-    originals = np.concatenate([features(clip) for clip in sources])
-    rows = []
-    for text in MASKS:
-        mask = parse_mask(text, model.encoder.shape, model.tubelet, model.patch)(range(len(clips)))
-        hidden = mask.pixels(model.tubelet, model.patch).numpy()
-        reference: dict[str, float] = {}
-        for sampler, count in [REFERENCE, *GRID]:
-            begun = time.perf_counter()
-            made = filled(model, clips, mask, sampler, count)
-            seconds = time.perf_counter() - begun
-            described = np.concatenate([features(clip) for clip in made])
-            figures = {
-                "psnr": psnr(sources, made, hidden),
-                "feature_distance": float(cosine_distance(originals, described).mean()),
-                "frechet": frechet_distance(originals, described),
-            }
-            reference = reference or figures
-            worst = max(  # how much worse than the reference, percent of it; below 0: better
-                100 * (1 - figures["psnr"] / reference["psnr"]),
-                100 * (figures["feature_distance"] / reference["feature_distance"] - 1),
-            )
-            rows.append({"mask": text, "sampler": sampler, "steps": count, **figures, "worse_by_percent": worst})
-            rows[-1]["seconds_per_clip"] = seconds / len(clips)
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+# --- clips and samples ------------------------------------------------------------------------------------------------
 
 
 def validation_clips(options: argparse.Namespace, count: int) -> Tensor:
@@ -179,10 +115,9 @@ def filled(model: DiffMAE, clips: Tensor, mask: Mask, sampler: str, count: int, 
         made = model.sample(
             normalize_pixels(clips.to(device), norm),
             mask.to(device),
-            seeds=range(len(clips)),
             sampler=sampler,
             steps=count,
-            **more,
+            **{"seeds": range(len(clips)), **more},
         )
     return to_frames(denormalize_pixels(made, norm))
 

@@ -88,12 +88,18 @@ class PatchSpace(nn.Module):
     def from_pixels(self, patches: Tensor) -> Tensor:
         """Patches (B, K, P) in pixels to components."""
         patches = patches - self.mean if self.known else patches
-        return patches @ self.basis if self.turned else patches
+        return self._turn(patches, self.basis) if self.turned else patches
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """And back."""
-        x = x @ self.basis.mT if self.turned else x
+        x = self._turn(x, self.basis.mT) if self.turned else x
         return x + self.mean if self.known else x
+
+    @staticmethod
+    def _turn(x: Tensor, basis: Tensor) -> Tensor:
+        """In full precision, also under autocast: a sample is turned and turned back at every step."""
+        with torch.autocast(x.device.type, enabled=False):
+            return x.to(basis.dtype) @ basis
 
     def levels(self, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and sigma of every value (B, 1, P), given those of a timestep (B, 1, 1).

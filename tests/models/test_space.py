@@ -54,6 +54,14 @@ def test_components_are_those_of_the_covariance():
         PatchSpace("pca:2", 6).estimate([rows[:5]])
 
 
+def test_turning_keeps_its_precision_under_autocast():
+    net = model(space="pca:10")
+    patches = patchify(clips(), 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = net.space.to_pixels(net.space.from_pixels(patches))
+    torch.testing.assert_close(again, patches, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_in_pixels_has_no_statistics():
     net = model()
     assert not net.space.missing
