@@ -21,7 +21,7 @@ def render_inpaint(
             envvar="DIFFMAE_MASK",
             help="random:0.75, tube:0.75, block:0.5, center, frames:8-15, future:0.5, box:x,y,w,h[@start-end] in "
             "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (what is "
-            "not black is hidden), a .npy array of bool (T, H, W). May be given several times.",
+            "not black is hidden), a .npy array of bool (T, H, W), with @start-end too. May be given several times.",
         ),
     ] = None,
     track: Annotated[
@@ -33,6 +33,15 @@ def render_inpaint(
             help="A box that moves between key frames.",
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            envvar="DIFFMAE_FOLLOW",
+            help="Masks mark an object in single frames, PICTURE@FRAME or box:x,y,w,h@FRAME (frame 0 without @); it is "
+            "followed through the clip, see mask.mp4.",
+        ),
+    ] = False,
     dilate: Annotated[
         int, typer.Option("--dilate", min=0, max=512, envvar="DIFFMAE_DILATE", help="Grow masks by pixels.")
     ] = 0,
@@ -97,7 +106,7 @@ def render_inpaint(
     stage.render(
         job_of(options),
         clip,
-        MaskRequest(tuple(mask or ()), track, dilate, invert),
+        MaskRequest(tuple(mask or ()), track, dilate, invert, follow),
         options={**fields, "stride": stride, "window": window, "propagate": propagate},
         lossless=lossless,
         fps=fps,

@@ -3,6 +3,9 @@
 KIND[:RATIO]                      a masker by its name, `random:0.75`
 frames:FIRST-LAST                 whole frames, both included
 box:X,Y,WIDTH,HEIGHT[@START-END]  a rectangle in pixels or percent, of some frames (`30-60`, `1s-2.5s`)
+FILE[@START-END]                  a picture, a folder of pictures, a video or an array, of some frames
+
+To follow an object (`MaskRequest.follow`), the text after @ names the frame that was marked: `object.png@12`.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from diffmae_video.registry import maskers
 
 FORMS = (
     "random:R, tube:R, block:R, center:R, frames:R, frames:FIRST-LAST, future:R, box:X,Y,W,H[@START-END] or the path "
-    "of a picture, a folder of pictures, a video or a .npy array"
+    "of a picture, a folder of pictures, a video or a .npy array, FILE[@START-END]"
 )
 """What `render-inpaint --mask` takes."""
 Corners = tuple[float, float, float, float]
@@ -35,6 +39,8 @@ class MaskRequest:
     """Pixels by which the hidden area grows on every side."""
     invert: bool = False
     """Hide what the masks show, and show what they hide."""
+    follow: bool = False
+    """Texts are an object marked in one frame or more, `object.png@12` or `box:X,Y,W,H@1.5s`, which is followed."""
 
     @property
     def generated(self) -> bool:
@@ -45,6 +51,10 @@ class MaskRequest:
     def names(self) -> list[str]:
         """The masks as they were written."""
         return [*self.texts, *([f"track {self.track}"] if self.track else [])]
+
+    def files(self) -> list[Path]:
+        """The files and folders among the masks."""
+        return [path for path in (file_of(text)[0] for text in self.texts) if path.exists()]
 
     def __str__(self) -> str:
         return ", ".join(self.names())
@@ -98,7 +108,7 @@ def read_mask_text(text: str, extent: Extent) -> Generated | Region | None:
     if kind == "box" and colon:
         place, at, when = value.partition("@")
         rows, columns = region_of(read_corners(place, extent))
-        return Region(rows, columns, *(_read_span(when, extent) if at else (0, extent.frames - 1)))
+        return Region(rows, columns, *(read_span(when, extent) if at else (0, extent.frames - 1)))
     if kind == "frames" and re.fullmatch(r"\d+-\d+", value):
         first, last = (int(number) for number in value.split("-"))
         if not first <= last < extent.frames:
@@ -114,6 +124,32 @@ def read_mask_text(text: str, extent: Extent) -> Generated | Region | None:
     if not 0 < ratio < 1:
         raise ValueError(f"the ratio must lie between 0 and 1, for example {kind}:{default}")
     return Generated(kind, ratio)
+
+
+def file_of(text: str) -> tuple[Path, str]:
+    """Path and what stands behind its `@`: `mask.png@12-30` -> (mask.png, 12-30).
+
+    A file that is named so goes first.
+    """
+    name, at, when = text.rpartition("@")
+    if not at or not name or Path(text).exists():
+        return Path(text), ""
+    return Path(name), when
+
+
+def read_span(text: str, extent: Extent) -> tuple[int, int]:
+    """First and last frame of `START-END`, frame numbers or seconds; without an end the clip's last frame.
+
+    Raises:
+        ValueError: it is none, or does not lie in the clip.
+    """
+    first, dash, last = text.partition("-")
+    start = read_frame(first, extent)
+    end = read_frame(last, extent, end=True) if dash and last.strip() else extent.frames - 1
+    if not 0 <= start <= end < extent.frames:
+        seconds = f" ({extent.frames / extent.fps:.4g}s)" if extent.fps else ""
+        raise ValueError(f"this span does not lie in the clip's frames 0 to {extent.frames - 1}{seconds}; make it fit")
+    return start, end
 
 
 def read_corners(text: str, extent: Extent) -> Corners:
@@ -156,13 +192,3 @@ def read_frame(text: str, extent: Extent, end: bool = False) -> int:
     except (ValueError, ZeroDivisionError):
         seconds = " or seconds (1.5s)" if extent.fps is not None else ""
         raise ValueError(f"write times as frame numbers (30){seconds}") from None
-
-
-def _read_span(text: str, extent: Extent) -> tuple[int, int]:
-    first, dash, last = text.partition("-")
-    start = read_frame(first, extent)
-    end = read_frame(last, extent, end=True) if dash and last.strip() else extent.frames - 1
-    if not 0 <= start <= end < extent.frames:
-        seconds = f" ({extent.frames / extent.fps:.4g}s)" if extent.fps else ""
-        raise ValueError(f"this span does not lie in the clip's frames 0 to {extent.frames - 1}{seconds}; make it fit")
-    return start, end

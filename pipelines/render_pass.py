@@ -21,6 +21,7 @@ from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.find import Fill
 from diffmae_video.pipelines.inpainters import check_steps, choose_painter
 from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.render_follow import follow_mask, save_followed
 from diffmae_video.pipelines.render_report import (
     RenderResult,
     describe_figures,
@@ -96,7 +97,8 @@ def plan_render(
             stride = _stride(settings, source, model.settings.frames)
             inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
         request = mask if mask.texts or mask.track else replace(mask, texts=(settings.render.mask,))
-        drawn = build_mask(request, _shape(source, settings, inpainter))
+        shape = _shape(source, settings, inpainter)
+        drawn = follow_mask(source.path, request, shape, fps) if request.follow else build_mask(request, shape)
         share, touched = _survey(drawn, source.frames)
         for note in drawn.notes:
             say(note)
@@ -151,6 +153,9 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
             return read_render_result(run.directory)
         if job.resume == "never":
             shutil.rmtree(run.directory / WORK, ignore_errors=True)
+        if plan.mask.request.follow:
+            size = (plan.source.height, plan.source.width)
+            save_followed(plan.mask, run.directory, plan.source.frames, size, float(plan.source.fps))
         with stop_on_signal() as signals:
 
             def check() -> None:

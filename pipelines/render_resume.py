@@ -84,12 +84,12 @@ def render_identity(
     """
     digest = hashlib.sha256()
     files = [source.path] if source.path.is_file() else sorted(source.files)
-    for path in map(Path, mask.texts):
+    for path in mask.files():
         files += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
     for file in files:
         digest.update(bytes.fromhex(sha256_of(file)))
     render = settings.render.model_dump(exclude={"mask"})
-    asked = [mask.texts, mask.track, mask.dilate, mask.invert]
+    asked = [mask.texts, mask.track, mask.dilate, mask.invert, *(["follow"] if mask.follow else [])]
     facts = [weights, render, settings.seed, asked, stride, str(source.fps)]
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
     return {"kind": "render", "data": digest.hexdigest()}

@@ -10,6 +10,8 @@ Tools write masks in many ways. What hides is read from what the file holds (`Ma
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ THRESHOLD = 63
 """Of 255: what compression and soft edges leave of black stays below it, dark object colours are above."""
 LOSSY_PICTURES = ("JPEG", "WEBP")
 LOSSLESS_VIDEOS = ("ffv1", "png", "apng", "gif", "huffyuv", "ffvhuff", "utvideo", "qtrle", "rawvideo", "bmp", "tiff")
+SAME_LENGTH = 0.02
+"""Largest relative difference of the duration at which a mask video of another frame rate is matched by time."""
 SAME_SHAPE = 0.02
 """Largest relative difference of width / height at which a mask of another size is scaled."""
 
@@ -75,6 +79,19 @@ def read_mask_file(path: Path, shape: Extent, notes: list[str]) -> FrameMask:
             raise error from None
     hidden = _fitted(path, reading, shape, notes)
     return lambda number: hidden
+
+
+def read_object(path: Path, shape: Extent, notes: list[str]) -> np.ndarray:
+    """An object marked in one picture, at the clip's size: bool (H, W).
+
+    Args:
+        notes: gets a sentence on how the picture was read.
+
+    Raises:
+        UsageError: it does not fit the clip.
+        DataError: it is no picture.
+    """
+    return _fitted(path, read_mask_picture(path), shape, notes)
 
 
 def read_mask_picture(path: Path) -> MaskReading:
@@ -182,16 +199,19 @@ def mask_of_array(mask: torch.Tensor | np.ndarray, frames: int, size: tuple[int,
 
 
 class _MaskVideo:
-    """A mask video read forwards, frame by frame; going back opens it again."""
+    """A mask video read forwards, frame by frame; going back opens it again.
+
+    One of as many frames as the clip goes by their numbers; one of another rate that lasts as long goes by time.
+    """
 
     def __init__(self, path: Path, shape: Extent, notes: list[str]) -> None:
         self.path, self.shape = path, shape
         self.notes: list[str] | None = notes
         self._rewind()
         count, video = self.reader.frames, self.reader.video
+        self.times: list[float] | None = None  # seconds at which each of its frames comes, where it goes by time
         if count != shape.frames:
-            self.reader.close()
-            raise UsageError(f"--mask {path}: {count} frames for a clip of {shape.frames}; give a mask for each frame.")
+            self._match_times()
         self.threshold, self.note = THRESHOLD, f"a compressed video, above {THRESHOLD} of 255 hides"
         if video is not None and video.info.codec in LOSSLESS_VIDEOS:
             self.threshold, self.note = 0, "every pixel that is not black hides"
@@ -200,7 +220,29 @@ class _MaskVideo:
         self.reader = VideoSource(self.path)
         self.frames, self.number, self.hidden = iter(self.reader), -1, np.zeros(0, dtype=bool)
 
+    def _match_times(self) -> None:
+        count, own, clip = self.reader.frames, float(self.reader.fps), self.shape
+        lasts, wanted = count / own, clip.frames / clip.fps if clip.fps else math.inf
+        same_rate = clip.fps is not None and abs(own / clip.fps - 1) < 1e-3
+        if count < 2 or same_rate or abs(lasts - wanted) > max(1 / own + 1 / (clip.fps or 1), SAME_LENGTH * wanted):
+            self.reader.close()
+            raise UsageError(
+                f"--mask {self.path}: {count} frames for a clip of {clip.frames}; give a mask for each frame, or a "
+                "video that lasts as long as the clip."
+            )
+        self.times = [float(frame.pts * self.reader.time_base) for frame in self.reader]
+        self.reader.close()
+        self._rewind()
+        if self.notes is not None:
+            self.notes.append(
+                f"Mask {self.path}: {count} frames at {own:.4g} a second are matched by time to {clip.frames} at "
+                f"{clip.fps:.4g}."
+            )
+
     def __call__(self, number: int) -> np.ndarray:
+        if self.times is not None:  # the one shown when this frame of the clip is
+            assert self.shape.fps is not None
+            number = max(0, bisect.bisect_right(self.times, number / self.shape.fps + 1e-4) - 1)
         if number < self.number:
             self.reader.close()
             self._rewind()

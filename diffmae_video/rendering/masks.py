@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,9 +21,11 @@ from diffmae_video.mask_text import (
     Generated,
     MaskRequest,
     Region,
+    file_of,
     read_corners,
     read_frame,
     read_mask_text,
+    read_span,
     region_of,
 )
 from diffmae_video.masking import make_mask
@@ -62,11 +63,14 @@ class ClipMask:
 
     Attributes:
         notes: sentences on how files were read, for the user.
+
+    Args:
+        followed: what is hidden instead of the request's texts, which mark an object in single frames.
     """
 
-    def __init__(self, request: MaskRequest, shape: ClipShape) -> None:
+    def __init__(self, request: MaskRequest, shape: ClipShape, followed: FrameMask | None = None) -> None:
         self.request, self.notes = request, list[str]()
-        self.parts = [_read(text, shape, self.notes) for text in request.texts]
+        self.parts = [followed] if followed else [_read(text, shape, self.notes) for text in request.texts]
         if request.track:
             self.parts.append(_read_track(request.track, shape))
         if not self.parts:
@@ -121,11 +125,17 @@ def _read(text: str, shape: ClipShape, notes: list[str]) -> FrameMask:
             return _generated(found, shape)
     except ValueError as error:
         raise UsageError(f"--mask {text}: {error}.") from error
-    if Path(text).exists():
-        return read_mask_file(Path(text), shape.extent, notes)
+    path, when = file_of(text)
+    if path.exists():
+        try:
+            first, last = read_span(when, shape.extent) if when else (0, shape.frames - 1)
+        except ValueError as error:
+            raise UsageError(f"--mask {text}: {error}.") from error
+        drawn, none = read_mask_file(path, shape.extent, notes), np.zeros((shape.height, shape.width), dtype=bool)
+        return lambda number: drawn(number) if first <= number <= last else none
     if all(part.partition(":")[0] in maskers.names() for part in text.split(",")):
         raise UsageError(f"--mask {text}: give each mask its own --mask; their union counts.")
-    if "/" in text or re.search(r"\.[a-z]\w*$", text.lower()):  # box:... and ratios end in digits
+    if "/" in text or re.search(r"\.[a-z]\w*$", path.name.lower()):  # box:... and ratios end in digits
         raise UsageError(f"--mask {text}: there is no such file; check the path.")
     raise UsageError(f"--mask {text}: this is no mask and no file; write {FORMS}.")
 

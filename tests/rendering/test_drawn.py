@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from PIL import Image, ImageFilter
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.rendering.drawn import is_soft
 from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
+from diffmae_video.rendering.writers import VideoWriter
 
 HEIGHT, WIDTH = 48, 64
 OBJECT = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -146,3 +148,33 @@ def test_mask_videos_in_colours(tmp_path: Path, codec: str, pixels: str, exact: 
 def test_pipes_and_devices_are_no_masks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no plain file"):
         clip_mask(Path("/dev/zero"))
+
+
+def write_masks(path: Path, masks: list[np.ndarray], fps: int) -> None:
+    writer = VideoWriter(path, (HEIGHT, WIDTH), Fraction(1, fps), Fraction(fps), crf=1)
+    for number, hidden in enumerate(masks):
+        writer.write(np.repeat(hidden[..., None] * np.uint8(255), 3, axis=2), number)
+    writer.close()
+
+
+def test_a_mask_video_of_another_rate_is_matched_by_time(tmp_path: Path) -> None:
+    masks = [np.roll(OBJECT, number, axis=1) for number in range(12)]
+    write_masks(tmp_path / "mask.mp4", masks, fps=4)  # 3 seconds
+    mask = build_mask([str(tmp_path / "mask.mp4")], ClipShape(HEIGHT, WIDTH, 30, 10.0, (1, 3, 4), 2))
+    for number in (0, 1, 2, 3, 5, 7, 8, 29, 4):
+        np.testing.assert_array_equal(mask(number), masks[int(number / 10 * 4)])
+    assert "12 frames at 4 a second are matched by time to 30 at 10" in mask.notes[0]
+    with pytest.raises(UsageError, match="lasts as long as the clip"):
+        build_mask([str(tmp_path / "mask.mp4")], ClipShape(HEIGHT, WIDTH, 50, 10.0, (1, 3, 4), 2))
+
+
+def test_a_file_may_hide_in_some_frames_only(tmp_path: Path) -> None:
+    for name in ("mask.png", "mask@2x.png"):
+        Image.fromarray(OBJECT).save(tmp_path / name)
+    shape = ClipShape(HEIGHT, WIDTH, 20, 10.0, (1, 3, 4), 2)
+    for span, frames in (("4-6", range(4, 7)), ("0.4s-0.7s", range(4, 7)), ("18", range(18, 20))):
+        mask = build_mask([f"{tmp_path / 'mask.png'}@{span}"], shape)
+        assert [n for n in range(20) if mask(n).any()] == list(frames)
+    assert all(build_mask([str(tmp_path / "mask@2x.png")], shape)(n).any() for n in range(20))
+    with pytest.raises(UsageError, match="does not lie in the clip"):
+        build_mask([f"{tmp_path / 'mask.png'}@30"], shape)
