@@ -4,10 +4,11 @@
     python benchmarks/removal.py cost CLIP [--method NAME ...] [--lines 480] [--frames 150]
     python benchmarks/removal.py pictures DATA FOLDER --clip NAME [--every 8]     # PNG files to look at
 
-DATA is a folder with clips/, jhmdb/ and tennis7/ (44 clips in all, CLIPS below). A seeded blob, a union of ellipses of
-about a twentieth of the frame, moves over each clip on a path of its own and hides what is under it; since nothing
-was really removed, the truth is known. The camera of a clip is said to move where the homographies between its
-frames, measured on whole frames, shift the corners by more than MOVING of the diagonal a frame.
+DATA is a folder with clips/, jhmdb/, tennis7/ and grid1/ (48 clips in all, CLIPS below and a choice of the others). A
+seeded blob, a union of ellipses of about a twentieth of the frame, moves over each clip on a path of its own and hides
+what is under it; since nothing was really removed, the truth is known. The camera of a clip is said to move where the
+homographies between its frames, measured on whole frames, shift the corners by more than MOVING of the diagonal a
+frame.
 
 PSNR pools the hidden pixels of a clip, SSIM is the mean of the map over them; the feature distance is that of whole
 frames (EfficientNet-Lite0), the warping error that of pixels hidden in a frame or found hidden in the next, times
@@ -113,7 +114,8 @@ def chosen(data: Path) -> list[str]:
         while len(taken) < count:  # fewer scenes than clips wanted
             taken.append(more.pop((7 * len(taken)) % len(more)))
         names += [f"{folder}/{path}" for path in sorted(taken)]
-    return names
+    speaker = sorted(path.relative_to(data) for path in (data / "grid1/clips").glob("*.mp4"))
+    return names + [str(speaker[n]) for n in np.linspace(0, len(speaker) - 1, 4).round().astype(int)]
 
 
 def _length(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -13,12 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffmae_video._version import __version__
 from diffmae_video.config import load_settings
-from diffmae_video.data.synthetic import CLASSES, DemoData, write_demo_data
+from diffmae_video.data.decode import VideoReader
+from diffmae_video.data.synthetic import CLASSES, DemoData, encode_mp4, removal_clip, write_demo_data
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.errors import UsageError
+from diffmae_video.evaluation.image_metrics import Closeness
+from diffmae_video.evaluation.inpainting import telea
 from diffmae_video.files import write_atomic
+from diffmae_video.mask_text import MaskRequest
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.demo_report import DemoResult, Results, demo_rows, demo_summary, write_demo_report
 from diffmae_video.pipelines.evaluate import evaluate, print_evaluation
@@ -70,7 +77,8 @@ def demo(out: Path, *, recipe: str = "demo", seed: int | None = None, device: st
     """Run the whole chain on the embedded data set and prove what it gives.
 
     Clips, shards, pre-training on all clips without labels, fine-tuning on few labels from that encoder and from
-    scratch with the same budget, evaluation of both, inpainting beside two baselines. Stages that are done are not
+    scratch with the same budget, evaluation of both, inpainting beside two baselines, and a ball that is removed from a
+    clip. Stages that are done are not
     repeated; an interrupted training continues.
 
     Args:
@@ -104,6 +112,7 @@ def _run_stages(job: Job, identity: dict[str, Any]) -> Results:
         **{f"eval {name}": partial(_evaluate, job, name) for name in _MODELS},
         "inpainting": lambda: _inpainting(job),
         "render": lambda: _render(job),
+        "removal": lambda: _removal(job),
     }
     for name, stage in stages.items():
         if name in results:
@@ -235,6 +244,29 @@ def _render(job: Job) -> dict[str, Any]:
     return {"renders": folders}
 
 
+def _removal(job: Job) -> dict[str, Any]:
+    """Remove a ball from a clip, of which is known what is behind it."""
+    folder, frames = _path(job, "ball"), 12 if job.recipe == "smoke" else 40
+    clip = removal_clip(seed=job.seed or 0, frames=frames)
+    folder.mkdir(exist_ok=True)
+    mask = io.BytesIO()
+    np.save(mask, clip.hidden)
+    write_atomic(folder / "mask.npy", mask.getvalue())
+    write_atomic(folder / "clip.mp4", encode_mp4(clip.rgb, 20))
+    asked = _folder(job, "removal", checkpoint=str(_path(job, "pretrain")))
+    result = render(asked, folder / "clip.mp4", MaskRequest((str(folder / "mask.npy"),)))
+    assert result is not None
+    psnr = {}
+    with VideoReader(folder / "clip.mp4") as given, VideoReader(Path(result.video)) as made:
+        source, removed = (np.stack([rgb for rgb, _ in reader]) for reader in (given, made))
+    for name, pictures in (("removal", removed), ("OpenCV Telea", telea(source, clip.hidden))):
+        closeness = Closeness()
+        for truth, picture, hidden in zip(clip.truth, pictures, clip.hidden, strict=True):
+            closeness.add(truth, picture, hidden)
+        psnr[name] = closeness.figures()["psnr_masked"]
+    return {"folder": "removal", "psnr": psnr, "from_other_frames": result.propagated_share}
+
+
 def _conclude(out: Path, results: Results) -> DemoResult:
     unit = 1 if sys.platform == "darwin" else 1024
     render = out / results["render"]["renders"][0]["folder"]
@@ -243,6 +275,7 @@ def _conclude(out: Path, results: Results) -> DemoResult:
         "sheet": render / "sheet.png",
         "comparison": render / "comparison.mp4",
         "inpainted": render / "inpainted.mp4",
+        "removal": out / results["removal"]["folder"] / "comparison.mp4",
     }
     return DemoResult(
         out,

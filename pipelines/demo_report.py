@@ -50,6 +50,8 @@ def demo_rows(result: DemoResult, results: Results) -> list[list[str]]:
         ["top-1 on motions", "from scratch, same labels and steps", percent("scratch")],
         ["top-1 on motions", "chance", f"{100 * result.chance:.1f} %"],
     ]
+    label = "PSNR of the hidden pixels, behind the ball"
+    rows += [[label, name, f"{value:.2f} dB"] for name, value in results["removal"]["psnr"].items()]
     for mask, row in result.psnr.items():
         rows += [[f"PSNR of hidden pixels, {mask}", name, f"{value:.2f} dB"] for name, value in row.items()]
     return rows
@@ -92,6 +94,9 @@ def write_demo_report(result: DemoResult, results: Results, job: Job) -> None:
         label = f"Inpainting {number}: {part['clip']}, {part['psnr_masked']:.1f} dB"
         report.image(label, folder / "sheet.png")
         report.video(f"Inpainting {number}: source, masked, result", folder / "comparison.mp4")
+    removal = results["removal"]
+    report.image(f"Removal of a ball, {removal['psnr']['removal']:.1f} dB", out / removal["folder"] / "sheet.png")
+    report.video("Removal: source, masked, from other frames, result", out / removal["folder"] / "comparison.mp4")
     curves = {name: _curve(read_metrics(out / name / "metrics.jsonl"), "loss") for name in ("pretrain",)}
     report.curves("Pre-training loss", curves, log_y=True, y_label="squared error of masked patches")
     for title, column in (("Fine-tuning loss", "loss"), ("Fine-tuning accuracy on its batches", "train_top1")):

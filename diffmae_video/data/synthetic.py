@@ -170,6 +170,53 @@ def motion_clip(
     return np.clip(np.rint(scene + (skin - scene) * inside), 0, 255).astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class RemovalClip:
+    """A ball that crosses the view of a moving camera."""
+
+    rgb: np.ndarray
+    """uint8 (T, H, W, 3), with the ball."""
+    truth: np.ndarray
+    """uint8 (T, H, W, 3), without it."""
+    hidden: np.ndarray
+    """bool (T, H, W), the ball and a little more."""
+
+
+def removal_clip(*, seed: int, frames: int = 40, height: int = 144, width: int = 192) -> RemovalClip:
+    """Draw a clip from which something is to be removed, with what is behind it.
+
+    A wall of coloured tiles is seen by a camera that pans and turns a little; a ball rolls over it the other way.
+
+    Args:
+        seed: of the wall and of the ball.
+        frames: frames T.
+        height, width: pixels.
+    """
+    rng = np.random.default_rng(seed)
+    wall = np.full((2 * height, 2 * width, 3), rng.uniform(90, 160, 3), np.float32)
+    for _ in range(240):
+        place, tile = rng.uniform(0, (2 * width, 2 * height)), rng.uniform(4, height / 5, 2)
+        corners = cv2.boxPoints((place.tolist(), tile.tolist(), float(rng.uniform(0, 90))))
+        cv2.fillConvexPoly(wall, np.rint(corners).astype(np.int32), rng.uniform(30, 225, 3).tolist(), cv2.LINE_AA)
+    wall += cv2.GaussianBlur(rng.normal(0, 24, wall.shape).astype(np.float32), (0, 0), 1.0)
+    radius, colour = 0.16 * height, rng.uniform(0, 255, 3)
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    truth, rgb = np.zeros((2, frames, height, width, 3), np.uint8)
+    hidden = np.zeros((frames, height, width), dtype=bool)
+    for n, share in enumerate(np.linspace(0, 1, frames)):
+        centre = (width * (0.75 + 0.5 * share), height * (1 + 0.1 * np.sin(5 * share)))
+        view = cv2.getRotationMatrix2D(centre, 4 * np.sin(4 * share), 1.0)
+        view[:, 2] += np.array([width, height]) / 2 - centre
+        truth[n] = cv2.warpAffine(wall, view, (width, height)).clip(0, 255).astype(np.uint8)
+        x, y = width * (0.85 - 0.7 * share) - columns, height * (0.6 - 0.15 * np.sin(9 * share)) - rows
+        distance, spokes = np.hypot(x, y), np.sign(np.sin(3 * (np.arctan2(y, x) + 9 * share)))
+        ball = (colour + 40 * spokes[..., None]) * (1 - 0.4 * distance[..., None] / radius)
+        inside = np.clip(radius - distance + 0.5, 0, 1)[..., None]
+        rgb[n] = np.clip(truth[n] + (ball - truth[n]) * inside, 0, 255).astype(np.uint8)
+        hidden[n] = distance < radius + 3
+    return RemovalClip(rgb, truth, hidden)
+
+
 def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
     """Encode uint8 (T, H, W, 3) RGB as an H.264 MP4 file (yuv420p, one thread: the same bytes each time).
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from diffmae_video.data.synthetic import CLASSES, MOTIONS, Look, encode_mp4, motion_clip, write_demo_data
+from diffmae_video.data.synthetic import CLASSES, MOTIONS, Look, encode_mp4, motion_clip, removal_clip, write_demo_data
 from diffmae_video.errors import UsageError
 
 PLAIN = Look(object_texture=0, background_texture=0, pattern=0, contrast=60, drift=0)
@@ -218,3 +218,12 @@ def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         write_demo_data(tmp_path / "data", train=2, val=1, frames=2, workers=1, progress=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_to_clean_shows_what_is_behind_the_ball():
+    clip = removal_clip(seed=1, frames=5, height=48, width=64)
+    np.testing.assert_array_equal(clip.rgb[~clip.hidden], clip.truth[~clip.hidden])
+    assert (clip.rgb[clip.hidden] != clip.truth[clip.hidden]).any(-1).mean() > 0.5
+    assert 0.05 < clip.hidden.mean() < 0.2
+    np.testing.assert_array_equal(clip.rgb, removal_clip(seed=1, frames=5, height=48, width=64).rgb)
+    assert (clip.rgb != removal_clip(seed=2, frames=5, height=48, width=64).rgb).any()

@@ -36,6 +36,7 @@ def test_every_stage_leaves_its_result(finished):
         "eval scratch",
         "inpainting",
         "render",
+        "removal",
     ]
     assert state["stages"]["shard"]["written"] == state["stages"]["shard"]["found"] == 64
     for model in ("pretrained", "scratch"):
@@ -45,8 +46,12 @@ def test_every_stage_leaves_its_result(finished):
     (psnr,) = state["stages"]["inpainting"]["psnr"].values()
     assert sorted(psnr) == sorted([SAMPLE, ONE_STEP, *BASELINES])
     assert all(np.isfinite(value) for value in psnr.values())
-    for name in ("sheet.png", "comparison.mp4", "inpainted.mp4"):
-        assert (finished / "inpaint-1" / name).stat().st_size > 0
+    for folder in ("inpaint-1", "removal"):
+        for name in ("sheet.png", "comparison.mp4", "inpainted.mp4"):
+            assert (finished / folder / name).stat().st_size > 0
+    removal = state["stages"]["removal"]
+    assert removal["from_other_frames"] > 0.7
+    assert removal["psnr"]["removal"] > removal["psnr"]["OpenCV Telea"] + 3
 
 
 def test_only_one_model_starts_from_the_pre_training(finished):
@@ -67,8 +72,8 @@ def test_report_shows_what_was_measured(finished):
             assert html.escape(method) in text
             assert f"{value:.2f} dB" in text
     assert "the figures mean nothing" in text
-    assert text.count("data:video/mp4;base64,") == 1
-    assert text.count("data:image/png;base64,") == 1
+    assert text.count("data:video/mp4;base64,") == 2
+    assert text.count("data:image/png;base64,") == 2
     assert not re.search(r'(?:src|href)="(?!data:)', text)
 
 
@@ -81,7 +86,7 @@ def test_running_again_repeats_nothing(finished, capsys):
     assert before
     assert run(["demo", "--out", str(finished), "--recipe", "smoke"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("done before") == 9
+    assert shown.count("done before") == 10
     assert str(finished / "report.html") in shown.replace("\n", "")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
 
