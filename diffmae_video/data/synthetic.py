@@ -119,6 +119,24 @@ def motion_clip(
     Returns:
         uint8 (T, size, size, 3), RGB.
     """
+    return motion_clip_and_mask(label, seed=seed, split=split, index=index, frames=frames, size=size, look=look)[0]
+
+
+def motion_clip_and_mask(
+    label: int,
+    *,
+    seed: int,
+    split: str = "train",
+    index: int = 0,
+    frames: int = 20,
+    size: int = 32,
+    look: Look | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one clip, and where its object is; the arguments are those of `motion_clip`.
+
+    Returns:
+        uint8 (T, size, size, 3), RGB, and bool (T, size, size), True on pixels of which the object covers half or more.
+    """
     look = look or Look()
     split_number = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "little")
     rng = np.random.default_rng([seed, split_number, index])
@@ -167,7 +185,7 @@ def motion_clip(
     rings = np.cos(single(2 * math.pi / ring_width) * (distance - grown))
     marks = np.cos(single(spokes) * np.arctan2(own_y, own_x)) + rings
     skin += (base + offset).astype(single) + single(look.pattern) * marks[..., None]
-    return np.clip(np.rint(scene + (skin - scene) * inside), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(scene + (skin - scene) * inside), 0, 255).astype(np.uint8), inside[..., 0] >= 0.5
 
 
 @dataclass(frozen=True)
