@@ -147,6 +147,7 @@ decoders: Registry[Any] = Registry("decoder", "decoders", ("models.decoder",))
 tasks: Registry[Any] = Registry("task", "tasks", ("training.pretraining", "training.finetuning"))
 layouts: Registry[Callable] = Registry("layout", "layouts", ("data.published", "data.layouts"))
 teachers: Registry[Callable] = Registry("teacher", "teachers")
+loggers: Registry[Callable] = Registry("logger", "loggers", ("training.loggers",))
 
 MaskerName = Annotated[str, AfterValidator(maskers.check)]
 TargetName = Annotated[str, AfterValidator(targets.check)]
@@ -154,3 +155,4 @@ ObjectiveName = Annotated[str, AfterValidator(objectives.check)]
 SamplerName = Annotated[str, AfterValidator(samplers.check)]
 DecoderName = Annotated[str, AfterValidator(decoders.check)]
 TaskName = Annotated[str, AfterValidator(tasks.check)]
+LoggerName = Annotated[str, AfterValidator(loggers.check)]

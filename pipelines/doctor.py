@@ -50,7 +50,15 @@ def _system() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     needed = ("torch", "torchvision", "av", "pytorchvideo", "webdataset", "timm", "fsspec", "safetensors", "numpy")
-    optional = {"s3fs": "s3", "gcsfs": "gcs", "distributed": "dask", "open_clip_torch": "clip", "wandb": "wandb"}
+    optional = {
+        "s3fs": "s3",
+        "gcsfs": "gcs",
+        "distributed": "dask",
+        "open_clip_torch": "clip",
+        "wandb": "wandb",
+        "trackio": "trackio",
+        "mlflow": "mlflow",
+    }
     findings = [Finding("diffmae-video", _version("diffmae-video") or "not installed")]
     for name in needed:
         version = _version(name)

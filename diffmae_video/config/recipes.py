@@ -133,6 +133,41 @@ def settings_toml(settings: BaseModel) -> str:
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
 
 
+def settings_listing(settings: Settings) -> str:
+    """All settings as TOML; those that are not set stand as comments, with what leaving them out means."""
+    lines = []
+    for table in _tables(settings):
+        lines += ["", f"[{table[0]}]"] if table[0] else []
+        for name, field in type(table[1]).model_fields.items():
+            value = getattr(table[1], name)
+            if value is None:
+                meaning = " ".join((field.description or "").split())
+                lines.append(f"# {name} is not set. {meaning}")
+            elif not isinstance(value, BaseModel):
+                plain = table[1].model_dump(mode="json", include={name}, exclude_none=True)
+                lines.append(f"{name} = {_inline(plain[name])}")
+    return "\n".join(lines) + "\n"
+
+
+def _tables(settings: BaseModel, prefix: str = "") -> list[tuple[str, BaseModel]]:
+    """Every group of settings with its dotted name, outer ones first."""
+    found = [(prefix, settings)]
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            found += _tables(value, f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML on one line; a list of tables in its other form would end the table it stands in."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def setting_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
     """Dotted names of all settings, e.g. `train.base_lr`."""
     keys = []

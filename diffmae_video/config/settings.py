@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from diffmae_video.registry import (
     DecoderName,
+    LoggerName,
     MaskerName,
     ObjectiveName,
     SamplerName,
@@ -364,8 +365,19 @@ class TrainSettings(Section):
     """Optimizer steps between validations (loss or accuracy); 0 validates at the end only."""
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps to trace with torch's profiler; 0 for none."""
-    wandb: bool = False
-    """Also log to Weights & Biases (extra `wandb`)."""
+    log_to: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where numbers and pictures also go, beside metrics.jsonl and pictures/; each is an extra of its name."""
+    project: str = "diffmae-video"
+    """Under which trackers keep the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_wandb(cls, values: Any) -> Any:
+        """Runs of before 2026-11-26 saved `wandb = true`, which is now a name in `log_to`."""
+        if isinstance(values, dict) and isinstance(values.get("wandb"), bool):
+            values = {"log_to": ("tensorboard", *(["wandb"] if values["wandb"] else [])), **values}
+            del values["wandb"]
+        return values
 
     @property
     def micro_batches(self) -> int:
@@ -398,6 +410,21 @@ class FinetuneSettings(Section):
     """Neighbours of the kNN probe."""
 
 
+class PropagateSettings(Section):
+    """Following objects by label propagation (DINO's protocol on DAVIS 2017, which SiamMAE keeps)."""
+
+    memory: Annotated[int, Field(ge=0, le=1000)] = 7
+    """Last frames that labels are taken from, beside the first one."""
+    top: Positive = 5
+    """Patches, of all those frames, that each patch takes its label from: the most similar ones."""
+    radius: Annotated[int, Field(ge=0, le=1000)] = 12
+    """How far these may lie from its own place, patches in each direction; 0 for anywhere."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the softmax over cosine similarities."""
+    short_side: Pixels = 480
+    """Pixels of the shorter side of the frames that are encoded, rounded to whole patches."""
+
+
 class EvaluateSettings(Section):
     """Multi-view testing."""
 
@@ -418,6 +445,7 @@ class EvaluateSettings(Section):
     """Clips of the split that the inpainting evaluation takes, evenly spread."""
     samples: Count = 4
     """Samples per clip of the inpainting evaluation; their mean and the best of them are scored beside the first."""
+    propagate: PropagateSettings = PropagateSettings()
 
 
 class RenderSettings(Section):

@@ -48,6 +48,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done."""
         return int(self.state["step"])
 
 

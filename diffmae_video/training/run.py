@@ -39,7 +39,9 @@ _FREE = {
         "log_every",
         "picture_every",
         "validate_every",
-        "wandb",
+        "log_to",
+        "project",
+        "wandb",  # of before 2026-11-26
         "profile",
     },
 }

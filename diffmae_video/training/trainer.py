@@ -99,7 +99,9 @@ class Trainer:
                     "it to use the one before it."
                 ) from error
         if self.distributed.main:
-            self.log = RunLog(self.directory, self.step, train.wandb, self.settings.model_dump(mode="json"))
+            self.log = RunLog(
+                self.directory, self.step, train.log_to, train.project, self.settings.model_dump(mode="json")
+            )
             run.write_status(
                 self.directory,
                 status="running",

@@ -141,7 +141,7 @@ def test_wandb_gets_the_numbers_of_one_run(runs, kill_at, tmp_path, monkeypatch)
     library = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb = "train.wandb=true"
+    wandb = 'train.log_to=["wandb"]'
     assert runs.child(tmp_path / "run", wandb, before=kill_at(5, signal.SIGTERM)) == [75]
     runs.here(tmp_path / "run", wandb, "train.picture_every=10")
     library.teardown()  # its own process has written everything
@@ -152,10 +152,11 @@ def test_wandb_gets_the_numbers_of_one_run(runs, kill_at, tmp_path, monkeypatch)
     assert list((tmp_path / "run" / "wandb").rglob("reconstruction*.png"))
 
 
-def test_wandb_that_is_missing_is_one_sentence(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match=r"needs Weights & Biases: pip install"):
-        runs.here(tmp_path / "run", "train.wandb=true")
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_a_logger_that_is_missing_is_one_sentence(runs, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=rf"train\.log_to names {name}.*pip install 'diffmae-video\[{name}\]'"):
+        runs.here(tmp_path / "run", f'train.log_to=["{name}"]')
 
 
 def test_run_in_use_is_refused(tmp_path):
