@@ -1,14 +1,17 @@
-"""Commands about the installation and the settings: `doctor`, `recipes`."""
+"""Commands about runs, the installation and the settings: `status`, `doctor`, `recipes`."""
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 
-from diffmae_video.cli.options import STYLE, SetOption
+from diffmae_video.cli.options import STYLE, SetOption, job_of, shares
 
-recipes_app = typer.Typer(help="List the built-in recipes, or show one resolved.", add_completion=False, **STYLE)
+recipes_app = typer.Typer(
+    help="List the built-in recipes, show one resolved, or find the one that fits.", add_completion=False, **STYLE
+)
 
 
 def doctor() -> None:
@@ -41,17 +44,53 @@ def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME|PATH", help="Recipe to show.")],
     stage: Annotated[
         str,
-        typer.Option("--stage", envvar="DIFFMAE_STAGE", help="pretrain, finetune, evaluate or render."),
+        typer.Option("--stage", help="pretrain, finetune, evaluate or render."),
     ] = "pretrain",
     overrides: SetOption = None,
 ) -> None:
     """Print the settings that a recipe resolves to in one stage, as TOML."""
-    from diffmae_video.config import Stage, load_settings, settings_toml
+    from diffmae_video.config import Stage, load_settings, settings_listing
     from diffmae_video.errors import UsageError
 
     if stage not in Stage.__args__:
         raise UsageError(f"--stage {stage} is not one of {', '.join(Stage.__args__)}; choose one of them.")
-    typer.echo(settings_toml(load_settings(name, cast(Stage, stage), tuple(overrides or ()))), nl=False)
+    typer.echo(settings_listing(load_settings(name, cast(Stage, stage), tuple(overrides or ()))), nl=False)
 
 
-COMMANDS = {"doctor": doctor, "recipes": recipes_app}
+@recipes_app.command("fit")
+@shares("data", "device", "nproc", "device_memory")
+def fit_recipe(
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", min=0.01, help="Time that pre-training may take; the recipe's by default."),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option("--tflops", min=0.01, help="Peak of a device that is not here, TFLOP/s in bf16 (A100: 312)."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Propose recipe, micro-batch and length of a pre-training, with its predicted cost; nothing is made.
+
+    Example: diffmae recipes fit --data shards/ --device-memory 24GiB --hours 12
+    """
+    from diffmae_video.pipelines.recipe_fit import fit_and_print
+
+    fit_and_print(job_of({**options, "dry_run": True}), hours, tflops)
+
+
+def status(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Workspace; this folder by default.")
+    ] = None,
+) -> None:
+    """List the runs of this folder: stage, state, step, time left, last figures, last picture.
+
+    Example: diffmae status
+    """
+    from diffmae_video.pipelines.status import list_runs, print_status
+
+    print_status(list_runs(folder), folder)
+
+
+COMMANDS = {"status": status, "doctor": doctor, "recipes": recipes_app}

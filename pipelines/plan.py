@@ -36,6 +36,7 @@ class Plan:
     micro_batch: int  # clips of one process at once
     parts: int  # forward and backward passes an optimizer step takes in one process
     fits: str  # what was compared with what
+    given_gib: float  # memory that each process has
 
 
 def measure(settings: Settings, clips: int = 1) -> Footprint:
@@ -150,6 +151,7 @@ def make_plan(
         precision=f"{precision} ({why})",
         micro_batch=micro,
         parts=parts * train.micro_batches,
+        given_gib=memory / 2**30,
         fits=f"{cost.memory(shards) / 2**30:.2f} of {memory / 2**30:.2f} GiB",
     )
 
