@@ -37,7 +37,7 @@ from diffmae_video.data.synthetic import write_demo_data
 from diffmae_video.errors import DataError
 from diffmae_video.pipelines.index import index
 
-CHILD = "DIFFMAE_BENCHMARK_CHILD"
+CHILD = "_DIFFMAE_BENCHMARK_CHILD"
 KINDS = {".avi": "avi", ".mkv": "mkv", ".webm": "webm", ".mov": "mov"}
 
 

@@ -54,6 +54,14 @@ def _debug_option() -> Any:
     return typer.main.get_command(alone).params[0]
 
 
+def variable_of(command: str, option: str) -> str:
+    """The environment variable that sets an option of a command, e.g. `--batch-size` of `fit`: DIFFMAE_FIT_BATCH_SIZE.
+
+    It holds one command only: `--out` of one stage must not become that of the next.
+    """
+    return f"DIFFMAE_{command}_{option.lstrip('-')}".upper().replace("-", "_").replace(" ", "_")
+
+
 class _LazyCommands(Mapping[str, Any]):
     """Commands by name; the options of a command are made when it is asked for."""
 
@@ -65,7 +73,11 @@ class _LazyCommands(Mapping[str, Any]):
             part = alone
         command = typer.main.get_command(part)
         command.name = name
-        for one in (command, *getattr(command, "commands", {}).values()):
+        below = getattr(command, "commands", {})
+        for path, one in ((name, command), *((f"{name}_{inner}", child) for inner, child in below.items())):
+            options: list[Any] = [given for given in one.params if given.param_type_name == "option"]
+            for option in options:
+                option.envvar, option.show_envvar = variable_of(path, option.opts[0]), False
             one.params.append(_debug_option())
         return command
 
@@ -99,7 +111,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Diffusion models as masked autoencoders: from raw clips to recognition and inpainted video.",
     epilog="The main job: diffmae shard SRC OUT; diffmae pretrain --video; diffmae finetune --task k400; "
-    "diffmae eval --task k400; diffmae render-inpaint CLIP. See it whole in minutes: diffmae demo.",
+    "diffmae eval --task k400; diffmae render-inpaint CLIP. See it whole in minutes: diffmae demo. "
+    "An option can also be given as a variable DIFFMAE_COMMAND_OPTION, e.g. DIFFMAE_PRETRAIN_DEVICE=cpu.",
     **STYLE,
 )
 

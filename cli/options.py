@@ -31,68 +31,64 @@ class Device(str, Enum):
     mps = "mps"
 
 
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", metavar="NAME|PATH|auto", envvar="DIFFMAE_RECIPE", help="Settings to start from.")
-]
+class Again(str, Enum):
+    """What to do with an unfinished run of the same."""
+
+    auto = "auto"
+    never = "never"
+
+
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME|PATH|auto", help="Settings to start from.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", envvar="DIFFMAE_SET", help="Override a setting: train.base_lr=3e-4."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: train.base_lr=3e-4."),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", min=0, envvar="DIFFMAE_SEED", help="Seed of every random draw; the recipe's by default."),
+    typer.Option("--seed", min=0, help="Seed of every random draw; the recipe's by default."),
 ]
-DeviceOption = Annotated[Device, typer.Option("--device", envvar="DIFFMAE_DEVICE", help="Where to compute.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder for the results; a new one under runs/ by default."),
+    typer.Option("--out", help="Folder for the results; a new one under runs/ by default."),
 ]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", envvar="DIFFMAE_DRY_RUN", help="Print the plan and make nothing.")
-]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        "--data", metavar="PATH|URL", envvar="DIFFMAE_DATA", help="Shards; the workspace's newest by default."
-    ),
+    typer.Option("--data", metavar="PATH|URL", help="Shards; the workspace's newest by default."),
 ]
 CheckpointOption = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
         metavar="PATH|HUB NAME",
-        envvar="DIFFMAE_CHECKPOINT",
         help="Run or weights, also hf:user/model[@revision] or timm:NAME; the newest by default.",
     ),
 ]
-NprocOption = Annotated[
-    int, typer.Option("--nproc", min=1, envvar="DIFFMAE_NPROC", help="Processes on this machine, one a GPU.")
-]
+NprocOption = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")]
 ResumeOption = Annotated[
     str,
-    typer.Option("--resume", metavar="auto|never|PATH", envvar="DIFFMAE_RESUME", help="Continue an interrupted run."),
+    typer.Option("--resume", metavar="auto|never|PATH", help="Continue an interrupted run."),
+]
+AgainOption = Annotated[
+    Again, typer.Option("--resume", help="Continue an unfinished run of the same (auto), or begin anew (never).")
 ]
 DeviceMemoryOption = Annotated[
     str | None,
     typer.Option(
         "--device-memory",
         metavar="24GiB",
-        envvar="DIFFMAE_DEVICE_MEMORY",
         help="For --dry-run: memory of a device that is not here.",
     ),
 ]
 ProfileOption = Annotated[
     int,
-    typer.Option("--profile", min=0, metavar="N", envvar="DIFFMAE_PROFILE", help="Trace N steps with the profiler."),
+    typer.Option("--profile", min=0, metavar="N", help="Trace N steps with the profiler."),
 ]
-VideoOption = Annotated[bool, typer.Option("--video", envvar="DIFFMAE_VIDEO", help="On clips (the default).")]
-ImageOption = Annotated[bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="On images.")]
-JointOption = Annotated[
-    bool, typer.Option("--joint", envvar="DIFFMAE_JOINT", help="On a mix: --data VIDEOS,IMAGES, or data.sources.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", envvar="DIFFMAE_OVERWRITE", help="Replace what the output folder holds.")
-]
+VideoOption = Annotated[bool, typer.Option("--video", help="On clips (the default).")]
+ImageOption = Annotated[bool, typer.Option("--image", help="On images.")]
+JointOption = Annotated[bool, typer.Option("--joint", help="On a mix: --data VIDEOS,IMAGES, or data.sources.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 _SHARED: dict[str, tuple[Any, Any]] = {
     "video": (VideoOption, False),
@@ -107,11 +103,12 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "device": (DeviceOption, Device.auto),
     "nproc": (NprocOption, 1),
     "resume": (ResumeOption, "auto"),
+    "resume:again": (AgainOption, Again.auto),
     "dry_run": (DryRunOption, False),
     "device_memory": (DeviceMemoryOption, None),
     "profile": (ProfileOption, 0),
 }
-"""Shared options by parameter name: how each is written, and its default."""
+"""Shared options by parameter name (`NAME:KIND` where it has several kinds): how each is written, and its default."""
 _SETTINGS = {"profile": "train.profile"}
 """Options that are another way to write `--set KEY=VALUE`."""
 _KINDS = ("video", "image", "joint")
@@ -131,7 +128,9 @@ def shares(*names: str) -> Callable[[Command], Command]:
         signature = inspect.signature(command, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
         shared = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            inspect.Parameter(
+                name.partition(":")[0], inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
             for name, (annotation, default) in _SHARED.items()
             if name in names
         ]
@@ -148,9 +147,7 @@ def job_of(options: dict[str, Any]) -> Job:
     fields = {name: value for name, value in options.items() if name in Job.__dataclass_fields__}
     settings = [f"{key}={options[name]}" for name, key in _SETTINGS.items() if options.get(name)]
     fields["overrides"] = (*(fields.get("overrides") or ()), *settings)
-    if isinstance(fields.get("device"), Device):
-        fields["device"] = fields["device"].value
-    return Job(**fields)
+    return Job(**{name: value.value if isinstance(value, Enum) else value for name, value in fields.items()})
 
 
 def kind_of(options: dict[str, Any]) -> Any:

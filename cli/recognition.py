@@ -12,15 +12,11 @@ from diffmae_video.cli.options import OutOption, SeedOption, job_of, shares
 
 TaskOption = Annotated[
     str,
-    typer.Option(
-        "--task", metavar="NAME", envvar="DIFFMAE_TASK", help="k400, ssv2, ucf101, hmdb51, imagenet, or your own."
-    ),
+    typer.Option("--task", metavar="NAME", help="k400, ssv2, ucf101, hmdb51, imagenet, or your own."),
 ]
 ViewsOption = Annotated[
     str | None,
-    typer.Option(
-        "--views", metavar="KxS[,...]", envvar="DIFFMAE_VIEWS", help="Clips x crops, e.g. 7x3; the task's by default."
-    ),
+    typer.Option("--views", metavar="KxS[,...]", help="Clips x crops, e.g. 7x3; the task's by default."),
 ]
 
 
@@ -41,13 +37,12 @@ def finetune(
         typer.Option(
             "--init",
             metavar="auto|scratch|PATH|HUB NAME",
-            envvar="DIFFMAE_INIT",
             help="Weights to start from, also hf:user/model or timm:NAME; auto takes the newest pre-training.",
         ),
     ] = "auto",
     protocol: Annotated[
         ProbeProtocol | None,
-        typer.Option("--protocol", envvar="DIFFMAE_PROTOCOL", help="Train everything, or probe frozen features."),
+        typer.Option("--protocol", help="Train everything, or probe frozen features."),
     ] = None,
     **options: Any,
 ) -> None:
@@ -60,43 +55,35 @@ def finetune(
     stage.finetune(job_of(options), task, init, protocol.value if protocol else None)
 
 
-@shares("checkpoint", "data", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run")
+@shares("checkpoint", "data", "overrides", "out", "seed", "device", "nproc", "resume:again", "dry_run")
 def evaluate(
     task: TaskOption,
     views: ViewsOption = None,
     masks: Annotated[
         str | None,
-        typer.Option("--masks", envvar="DIFFMAE_MASKS", help="For inpaint: random:0.75,center,tube:0.9,frames,future."),
+        typer.Option("--masks", help="For inpaint: random:0.75,center,tube:0.9,frames,future."),
     ] = None,
     **options: Any,
 ) -> None:
-    """Test on a task: multi-view classification, or `--task inpaint`.
+    """Test on a task: multi-view classification, `--task inpaint`, or `--task propagate` (objects followed, DAVIS).
 
     Example: diffmae eval --task k400 --views 1x1,7x3
     """
-    if task == "inpaint":
-        from diffmae_video.pipelines import evaluate_inpainting
-
-        evaluate_inpainting.evaluate_inpainting(job_of(options), masks=masks)
-        return
     from diffmae_video.pipelines import evaluate as stage
 
-    if (result := stage.evaluate(job_of(options), task, views)) is not None:
-        stage.print_evaluation(result)
+    stage.evaluate_task(job_of(options), task, views=views, masks=masks)
 
 
-@shares("checkpoint", "data", "overrides", "out", "seed", "device", "nproc", "dry_run")
+@shares("checkpoint", "data", "overrides", "out", "device", "nproc", "dry_run")
 def features(
     split: Annotated[
         list[str] | None,
-        typer.Option("--split", envvar="DIFFMAE_SPLIT", help="Split to read; may be repeated; all by default."),
+        typer.Option("--split", help="Split to read; may be repeated; all by default."),
     ] = None,
-    views: Annotated[
-        str, typer.Option("--views", metavar="KxS", envvar="DIFFMAE_VIEWS", help="Views averaged for each video.")
-    ] = "1x1",
+    views: Annotated[str, typer.Option("--views", metavar="KxS", help="Views averaged for each video.")] = "1x1",
     tokens: Annotated[
         bool,
-        typer.Option("--tokens", envvar="DIFFMAE_TOKENS", help="Keep all tokens (half precision), not their mean."),
+        typer.Option("--tokens", help="Keep all tokens (half precision), not their mean."),
     ] = False,
     **options: Any,
 ) -> None:
@@ -109,18 +96,18 @@ def features(
     extract_features(job_of(options), split or [], views, tokens)
 
 
-@shares("checkpoint", "overrides", "seed", "device")
+@shares("checkpoint", "overrides", "device")
 def predict(
     clips: Annotated[list[Path], typer.Argument(metavar="CLIP...", help="Videos or images.")],
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="NAME", envvar="DIFFMAE_TASK", help="Take the newest classifier of this task."),
+        typer.Option("--task", metavar="NAME", help="Take the newest classifier of this task."),
     ] = None,
-    views: ViewsOption = None,
-    top: Annotated[int, typer.Option("--top", min=1, envvar="DIFFMAE_TOP", help="Classes shown for each clip.")] = 5,
-    json_lines: Annotated[
-        bool, typer.Option("--json", envvar="DIFFMAE_JSON", help="One JSON object a line instead of a table.")
-    ] = False,
+    views: Annotated[
+        str, typer.Option("--views", metavar="KxS", help="Clips x crops whose probabilities are averaged, e.g. 5x3.")
+    ] = "1x1",
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes shown for each clip.")] = 5,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
     **options: Any,
 ) -> None:
     """Classify loose files with a fine-tuned model.
@@ -139,11 +126,9 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.")],
     views: Annotated[
         str | None,
-        typer.Option("--views", metavar="KxS", envvar="DIFFMAE_VIEWS", help="Protocol; the last of each by default."),
+        typer.Option("--views", metavar="KxS", help="Protocol; the last of each by default."),
     ] = None,
-    common: Annotated[
-        bool, typer.Option("--common", envvar="DIFFMAE_COMMON", help="Compare the videos both have.")
-    ] = False,
+    common: Annotated[bool, typer.Option("--common", help="Compare the videos both have.")] = False,
     out: OutOption = None,
     seed: SeedOption = None,
 ) -> None:
@@ -163,14 +148,14 @@ def loss_sweep(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Pre-training run; the workspace's newest by default.")
     ] = None,
-    clips: Annotated[int, typer.Option("--clips", min=1, envvar="DIFFMAE_CLIPS", help="Clips of the split.")] = 64,
+    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips of the split.")] = 64,
     steps: Annotated[
         int,
-        typer.Option("--steps", min=2, envvar="DIFFMAE_STEPS", help="Timesteps, dense where signal turns to noise."),
+        typer.Option("--steps", min=2, help="Timesteps, dense where signal turns to noise."),
     ] = 11,
     ratio: Annotated[
         list[float] | None,
-        typer.Option("--ratio", min=0.01, max=0.99, envvar="DIFFMAE_RATIO", help="Mask ratio; may be repeated."),
+        typer.Option("--ratio", min=0.01, max=0.99, help="Mask ratio; may be repeated."),
     ] = None,
     **options: Any,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from diffmae_video.cli.options import job_of, names_of, shares
 
 
-@shares("checkpoint", "recipe", "overrides", "out", "seed", "device", "resume", "dry_run")
+@shares("checkpoint", "recipe", "overrides", "out", "seed", "device", "resume:again", "dry_run")
 def render_inpaint(
     clip: Annotated[Path, typer.Argument(metavar="CLIP", help="Video, image, or folder of images.")],
     mask: Annotated[
@@ -18,7 +18,6 @@ def render_inpaint(
         typer.Option(
             "--mask",
             metavar="MASK",
-            envvar="DIFFMAE_MASK",
             help="random:0.75, tube:0.75, block:0.5, center, frames:8-15, future:0.5, box:x,y,w,h[@start-end] in "
             "pixels or percent (frames, or seconds as 1.5s), or a picture, a folder of pictures, a video (what is "
             "not black is hidden), a .npy array of bool (T, H, W), with @start-end too. May be given several times.",
@@ -29,7 +28,6 @@ def render_inpaint(
         typer.Option(
             "--track",
             metavar="FRAME:x,y,w,h;...",
-            envvar="DIFFMAE_TRACK",
             help="A box that moves between key frames.",
         ),
     ] = None,
@@ -37,60 +35,44 @@ def render_inpaint(
         bool,
         typer.Option(
             "--follow",
-            envvar="DIFFMAE_FOLLOW",
             help="Masks mark an object in single frames, PICTURE@FRAME or box:x,y,w,h@FRAME (frame 0 without @); it is "
             "followed through the clip, see mask.mp4.",
         ),
     ] = False,
-    dilate: Annotated[
-        int, typer.Option("--dilate", min=0, max=512, envvar="DIFFMAE_DILATE", help="Grow masks by pixels.")
-    ] = 0,
-    invert: Annotated[bool, typer.Option("--invert", envvar="DIFFMAE_INVERT", help="Hide what masks show.")] = False,
+    dilate: Annotated[int, typer.Option("--dilate", min=0, max=512, help="Grow masks by pixels.")] = 0,
+    invert: Annotated[bool, typer.Option("--invert", help="Hide what masks show.")] = False,
     lossless: Annotated[
         bool,
-        typer.Option("--lossless", envvar="DIFFMAE_LOSSLESS", help="FFV1 output, bit-equal outside the mask."),
+        typer.Option("--lossless", help="FFV1 output, bit-equal outside the mask."),
     ] = False,
-    codec: Annotated[
-        str | None, typer.Option("--codec", metavar="h264|ffv1|gif|png", envvar="DIFFMAE_CODEC", help="Output format.")
-    ] = None,
-    crf: Annotated[
-        int | None, typer.Option("--crf", min=0, max=51, envvar="DIFFMAE_CRF", help="H.264 quality; lower is better.")
-    ] = None,
+    codec: Annotated[str | None, typer.Option("--codec", metavar="h264|ffv1|gif|png", help="Output format.")] = None,
+    crf: Annotated[int | None, typer.Option("--crf", min=0, max=51, help="H.264 quality; lower is better.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(
-            "--sampler", metavar="|".join(names_of("samplers")), envvar="DIFFMAE_SAMPLER", help="How to denoise."
-        ),
+        typer.Option("--sampler", metavar="|".join(names_of("samplers")), help="How to denoise."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, envvar="DIFFMAE_STEPS", help="Denoising steps.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", min=1, envvar="DIFFMAE_SAMPLES", help="Samples; several give an uncertainty map."),
+        typer.Option("--samples", min=1, help="Samples; several give an uncertainty map."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option("--stride", min=1, envvar="DIFFMAE_STRIDE", help="Source frames between frames of a window."),
+        typer.Option("--stride", min=1, help="Source frames between frames of a window."),
     ] = None,
     window: Annotated[
         str | None,
-        typer.Option(
-            "--window", metavar="auto|whole|tiles", envvar="DIFFMAE_WINDOW", help="Where in the frame the model looks."
-        ),
+        typer.Option("--window", metavar="auto|whole|tiles", help="Where in the frame the model looks."),
     ] = None,
     propagate: Annotated[
         str | None,
         typer.Option(
             "--propagate",
             metavar="auto|off|only",
-            envvar="DIFFMAE_PROPAGATE",
             help="Take from other frames what they show; auto does unless the mask is generated, only asks no model.",
         ),
     ] = None,
-    fps: Annotated[
-        float, typer.Option("--fps", min=0.1, max=240, envvar="DIFFMAE_FPS", help="Rate of a folder of images.")
-    ] = 24.0,
+    fps: Annotated[float, typer.Option("--fps", min=0.1, max=240, help="Rate of a folder of images.")] = 24.0,
     **options: Any,
 ) -> None:
     """Remove something from a clip: what other frames show is taken from there, the rest is filled by a model.

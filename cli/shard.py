@@ -17,75 +17,52 @@ def shard(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL for the shards.")],
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", envvar="DIFFMAE_DATASET", help="Name or TOML file of the data set; guessed."),
+        typer.Option("--dataset", help="Name or TOML file of the data set; guessed."),
     ] = None,
     layout: Annotated[
         str | None,
         typer.Option(
             "--layout",
-            envvar="DIFFMAE_LAYOUT",
             help=f"How the source is arranged: {', '.join(names_of('layouts'))}; guessed.",
         ),
     ] = None,
-    image: Annotated[
-        bool, typer.Option("--image", envvar="DIFFMAE_IMAGE", help="Images, not videos; guessed.")
-    ] = False,
-    copy: Annotated[
-        bool, typer.Option("--copy", envvar="DIFFMAE_COPY", help="Keep the bytes instead of re-encoding.")
-    ] = False,
-    trim: Annotated[
-        bool, typer.Option("--trim", envvar="DIFFMAE_TRIM", help="Cut annotated spans out of longer videos.")
-    ] = False,
-    short_side: Annotated[
-        int, typer.Option("--short-side", min=2, envvar="DIFFMAE_SHORT_SIDE", help="Pixels; never scaled up.")
-    ] = 256,
+    image: Annotated[bool, typer.Option("--image", help="Images, not videos; guessed.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Keep the bytes instead of re-encoding.")] = False,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut annotated spans out of longer videos.")] = False,
+    short_side: Annotated[int, typer.Option("--short-side", min=2, help="Pixels; never scaled up.")] = 256,
     fps: Annotated[
         float | None,
-        typer.Option("--fps", min=0.1, max=1000, envvar="DIFFMAE_FPS", help="Frame rate; kept by default."),
+        typer.Option("--fps", min=0.1, max=1000, help="Frame rate; kept by default."),
     ] = None,
-    crf: Annotated[int, typer.Option("--crf", min=0, max=51, envvar="DIFFMAE_CRF", help="H.264 quality.")] = 23,
-    preset: Annotated[str, typer.Option("--preset", envvar="DIFFMAE_PRESET", help="x264 preset.")] = "veryfast",
-    gop: Annotated[int, typer.Option("--gop", min=1, envvar="DIFFMAE_GOP", help="Frames between key frames.")] = 16,
-    b_frames: Annotated[
-        int, typer.Option("--b-frames", min=0, max=15, envvar="DIFFMAE_B_FRAMES", help="Droppable frames in a row.")
-    ] = 3,
-    fold: Annotated[
-        int, typer.Option("--fold", min=1, max=3, envvar="DIFFMAE_FOLD", help="Official split of UCF101, HMDB51.")
-    ] = 1,
+    crf: Annotated[int, typer.Option("--crf", min=0, max=51, help="H.264 quality.")] = 23,
+    preset: Annotated[str, typer.Option("--preset", help="x264 preset.")] = "veryfast",
+    gop: Annotated[int, typer.Option("--gop", min=1, help="Frames between key frames.")] = 16,
+    b_frames: Annotated[int, typer.Option("--b-frames", min=0, max=15, help="Droppable frames in a row.")] = 3,
+    fold: Annotated[int, typer.Option("--fold", min=1, max=3, help="Official split of UCF101, HMDB51.")] = 1,
     val_fraction: Annotated[
         float,
         typer.Option(
             "--val-fraction",
             min=0.0,
             max=0.9,
-            envvar="DIFFMAE_VAL_FRACTION",
             help="Videos held out as val where the source names no split.",
         ),
     ] = 0.1,
-    min_frames: Annotated[
-        int, typer.Option("--min-frames", min=1, envvar="DIFFMAE_MIN_FRAMES", help="Shorter videos are rejected.")
-    ] = 1,
-    samples_per_shard: Annotated[
-        int | None, typer.Option("--samples-per-shard", min=1, envvar="DIFFMAE_SAMPLES_PER_SHARD", help="At most.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, envvar="DIFFMAE_WORKERS", help="Processes; one a core.")
-    ] = None,
-    dask: Annotated[
-        str | None, typer.Option("--dask", metavar="ADDRESS", envvar="DIFFMAE_DASK", help="Dask scheduler to use.")
-    ] = None,
-    clip_seconds: Annotated[
-        float, typer.Option("--clip-seconds", min=0.1, envvar="DIFFMAE_CLIP_SECONDS", help="Time limit of an input.")
+    min_frames: Annotated[int, typer.Option("--min-frames", min=1, help="Shorter videos are rejected.")] = 1,
+    samples_per_shard: Annotated[int | None, typer.Option("--samples-per-shard", min=1, help="At most.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; one a core.")] = None,
+    dask: Annotated[str | None, typer.Option("--dask", metavar="ADDRESS", help="Dask scheduler to use.")] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Time that reading one input may take.")
     ] = 300.0,
-    clip_gib: Annotated[
-        float, typer.Option("--clip-gib", min=0.5, envvar="DIFFMAE_CLIP_GIB", help="Memory limit of an input, GiB.")
+    memory: Annotated[
+        float, typer.Option("--memory", min=0.5, metavar="GIB", help="Memory that reading one input may take.")
     ] = 6.0,
     limit: Annotated[
         list[str] | None,
         typer.Option(
             "--limit",
             metavar="NAME=NUMBER",
-            envvar="DIFFMAE_LIMIT",
             help="Another bound on an input: pixels, frames, seconds, bytes, aspect.",
         ),
     ] = None,
@@ -120,8 +97,8 @@ def shard(
         samples_per_shard=samples_per_shard,
         workers=workers,
         dask=dask,
-        clip_seconds=clip_seconds,
-        clip_memory=int(clip_gib * 2**30),
+        timeout=timeout,
+        memory=int(memory * 2**30),
         overwrite=overwrite,
         dry_run=dry_run,
     )
@@ -130,9 +107,7 @@ def shard(
 
 def verify(
     shards: _Shards,
-    decode: Annotated[
-        bool, typer.Option("--decode", envvar="DIFFMAE_DECODE", help="Also decode every sample.")
-    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every sample.")] = False,
 ) -> None:
     """Check shards against their manifest; damage ends with code 3."""
     from diffmae_video.errors import DataError
@@ -149,10 +124,8 @@ def verify(
 
 def index(
     shards: _Shards,
-    dataset: Annotated[str | None, typer.Option("--dataset", envvar="DIFFMAE_DATASET", help="Its name.")] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", envvar="DIFFMAE_SPLIT", help="Split of all shards; by name otherwise.")
-    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Its name.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Split of all shards; by name otherwise.")] = None,
 ) -> None:
     """Make a manifest for tars that something else wrote."""
     from diffmae_video.data.manifest import Manifest
@@ -169,8 +142,8 @@ def index(
 
 def stats(
     shards: _Shards,
-    out: Annotated[Path, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder for the pictures.")] = Path("."),
-    split: Annotated[str | None, typer.Option("--split", envvar="DIFFMAE_SPLIT", help="One split only.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("."),
+    split: Annotated[str | None, typer.Option("--split", help="One split only.")] = None,
 ) -> None:
     """Durations, sizes, rates and classes as tables and pictures."""
     from diffmae_video.pipelines.stats import print_stats

@@ -19,7 +19,6 @@ _DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="NAME=PATH",
-        envvar="DIFFMAE_STUDY_DATA",
         help="Shards of a data set of the study; may be repeated. The workspace's newest by default.",
     ),
 ]
@@ -32,7 +31,7 @@ def run(
     out: OutOption = None,
     jobs: Annotated[
         str,
-        typer.Option("--jobs", metavar="N|slurm", envvar="DIFFMAE_JOBS", help="Runs at once; slurm writes a script."),
+        typer.Option("--jobs", metavar="N|slurm", help="Runs at once; slurm writes a script."),
     ] = "1",
     device: DeviceOption = Device.auto,
     dry_run: DryRunOption = False,

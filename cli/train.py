@@ -21,7 +21,6 @@ def pretrain(
             "--throughput",
             min=0,
             metavar="CLIPS/S",
-            envvar="DIFFMAE_THROUGHPUT",
             help="Measured rate, for --dry-run's time.",
         ),
     ] = None,
@@ -30,7 +29,6 @@ def pretrain(
         typer.Option(
             "--init",
             metavar="scratch|PATH|HUB NAME",
-            envvar="DIFFMAE_INIT",
             help="Weights to start from: a run, another project's file, hf:user/model[@revision] or timm:NAME.",
         ),
     ] = "scratch",
@@ -49,9 +47,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="FILE", envvar="DIFFMAE_REPORT", help="Page to write; report.html here for several runs."
-        ),
+        typer.Option("--out", metavar="FILE", help="Page to write; report.html here for several runs."),
     ] = None,
 ) -> None:
     """Write one self-contained page about a run, or about several beside each other.

@@ -53,49 +53,42 @@ def import_command(
             metavar="FILE", help=".safetensors, .pth, .bin, a Hugging Face folder, or hf:user/model or timm:NAME."
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; FILE's name by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; FILE's name by default.")] = None,
     frames: Annotated[
         int | None,
-        typer.Option("--frames", min=1, envvar="DIFFMAE_FRAMES", help="Frames of a clip; inflates image weights."),
+        typer.Option("--frames", min=1, help="Frames of a clip; inflates image weights."),
     ] = None,
     inflate: Annotated[
-        Inflate, typer.Option("--inflate", envvar="DIFFMAE_INFLATE", help="How image kernels become video kernels.")
+        Inflate, typer.Option("--inflate", help="How image kernels become video kernels.")
     ] = Inflate.central,
-    heads: Annotated[
-        int | None, typer.Option("--heads", min=1, envvar="DIFFMAE_HEADS", help="Encoder heads of an unusual width.")
-    ] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Encoder heads of an unusual width.")] = None,
     decoder_heads: Annotated[
         int | None,
-        typer.Option("--decoder-heads", min=1, envvar="DIFFMAE_DECODER_HEADS", help="Decoder heads."),
+        typer.Option("--decoder-heads", min=1, help="Decoder heads."),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(
-            "--size", metavar="HxW", envvar="DIFFMAE_SIZE", help="Pixels of its pictures; 224x224 or as told."
-        ),
+        typer.Option("--size", metavar="HxW", help="Pixels of its pictures; 224x224 or as told."),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option("--key", metavar="NAME", envvar="DIFFMAE_KEY", help="Table of a file with several: model_ema."),
+        typer.Option("--key", metavar="NAME", help="Table of a file with several: model_ema."),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
             "--target",
             metavar="NAME",
-            envvar="DIFFMAE_TARGET",
             help="What its decoder predicts; pixel, norm_pixel, ...",
         ),
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option("--classes", metavar="FILE", envvar="DIFFMAE_CLASSES", help="Class names, one a line."),
+        typer.Option("--classes", metavar="FILE", help="Class names, one a line."),
     ] = None,
     allow_partial: Annotated[
         bool,
-        typer.Option("--allow-partial", envvar="DIFFMAE_ALLOW_PARTIAL", help="Accept tensors that do not fit."),
+        typer.Option("--allow-partial", help="Accept tensors that do not fit."),
     ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -121,16 +114,12 @@ def import_command(
 
 def export_command(
     checkpoint: CheckpointOption = None,
-    form: Annotated[
-        Format, typer.Option("--format", envvar="DIFFMAE_FORMAT", help="What to write.")
-    ] = Format.safetensors,
+    form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.safetensors,
     out: Annotated[
         Path | None,
-        typer.Option("--out", envvar="DIFFMAE_OUT", help="Folder; export-FORMAT by default."),
+        typer.Option("--out", help="Folder; export-FORMAT by default."),
     ] = None,
-    licence: Annotated[
-        str, typer.Option("--licence", envvar="DIFFMAE_LICENCE", help="Licence named on the model card.")
-    ] = "unknown",
+    licence: Annotated[str, typer.Option("--licence", help="Licence named on the model card.")] = "unknown",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a model for others, with a model card: safetensors, timm, Hugging Face or ONNX."""

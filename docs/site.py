@@ -76,6 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _commands() -> str:
     lines = ["# Commands", "", f"{app.info.help} `diffmae COMMAND --help` prints the same.", ""]
+    lines += ["Options can also be given as [environment variables](../training.md#environment-variables).", ""]
     for name, command in _walk(typer.main.get_command(app), "diffmae"):
         lines += [f"## `{name}`", "", _plain(command.help or ""), ""]
         arguments = [p for p in command.params if p.param_type_name == "argument"]

@@ -100,7 +100,7 @@ def load_classifier(
         DataError: the weights are those of a pre-training.
     """
     loaded = load(source, device, overrides, seed)
-    if not loaded.classes:
+    if not getattr(loaded.model, "num_classes", 0):  # a pre-training knows the classes of its data, too
         raise DataError(f"{source} is no classifier; fine-tune it first with `diffmae finetune --task NAME`.")
     return loaded
 

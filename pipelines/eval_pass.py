@@ -57,7 +57,7 @@ def plan_evaluation(
     settings = loaded.settings
     check_classes(source, loaded, manifest)
     split = settings.data.eval_split
-    labels = manifest.samples(split).label
+    labels = manifest.samples(split, "data.eval_split").label
     samples = [index for index in range(len(labels)) if labels[index] >= 0]
     if not samples:
         raise DataError(f"Split {split} of {manifest.root} has no labelled sample; choose one with data.eval_split.")

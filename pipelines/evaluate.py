@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.find import find_run, find_task_shards
 from diffmae_video.pipelines.job import Job
@@ -71,6 +72,38 @@ def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | 
             result = conclude(plan, store, run.directory)
             run.finish(task=task, dataset=manifest.dataset, top1=result.top1, top5=result.top5)
             return result
+
+
+def evaluate_task(job: Job, task: str, *, views: str | None = None, masks: str | None = None) -> None:
+    """`eval --task NAME`: the test that the task asks for, its result printed.
+
+    Args:
+        job: as the test wants it.
+        task: a data set's name, `inpaint` or `propagate`.
+        views: of classification, e.g. `7x3`.
+        masks: of inpainting, e.g. `center,tube:0.9`.
+
+    Raises:
+        UsageError: an option that is another test's.
+    """
+    if task not in ("inpaint", "propagate"):
+        if masks is not None:
+            raise UsageError(f"--masks {masks} is for --task inpaint: leave it out for --task {task}.")
+        if (result := evaluate(job, task, views)) is not None:
+            print_evaluation(result)
+        return
+    if views is not None:
+        raise UsageError(f"--views {views} is for classification: leave it out for --task {task}.")
+    if task == "propagate":
+        if masks is not None:
+            raise UsageError(f"--masks {masks} is for --task inpaint: leave it out for --task propagate.")
+        from diffmae_video.pipelines.evaluate_propagation import evaluate_propagation
+
+        evaluate_propagation(job)
+        return
+    from diffmae_video.pipelines.evaluate_inpainting import evaluate_inpainting
+
+    evaluate_inpainting(job, masks=masks)
 
 
 def print_evaluation(result: EvaluateResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from diffmae_video.errors import UsageError
 from diffmae_video.pipelines.find import find_run
 from diffmae_video.pipelines.job import Job
 
@@ -30,6 +31,8 @@ def evaluate_inpainting(
         UsageError: no model, no data, an unknown mask, or, with `deep`, no feature network.
     """
     job.resume_auto_or_never()
+    if job.nproc > 1:
+        raise UsageError(f"--nproc {job.nproc}: inpainting is evaluated in one process; leave it out.")
     find_run("pretrain", job.checkpoint)  # before anything heavy is imported
 
     from diffmae_video.pipelines.inpaint_pass import measure_inpainting

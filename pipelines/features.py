@@ -32,19 +32,18 @@ def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", t
     console.say(line)
 
     from diffmae_video.data.manifest import Manifest
-    from diffmae_video.evaluation.views import parse_views
     from diffmae_video.pipelines.classifiers import load
     from diffmae_video.pipelines.feature_pass import FeaturePass
-    from diffmae_video.pipelines.tasks import view_settings
+    from diffmae_video.pipelines.tasks import one_protocol, view_settings
     from diffmae_video.training.distributed import start
 
     manifest = Manifest.load(path)
     splits = list(splits) or list(manifest.splits)
     for split in splits:
-        manifest.samples(split)  # a split that is not there is an error before the work starts
+        manifest.samples(split, "--split")  # a split that is not there is an error before the work starts
     with start(job.device) as processes:
         loaded = load(source, processes.device, job.overrides, job.seed)
-        spec = view_settings(loaded, parse_views(views)[:1], manifest.dataset, image=manifest.kind == "image")
+        spec = view_settings(loaded, one_protocol(views), manifest.dataset, image=manifest.kind == "image")
         console.say(
             f"Features of {', '.join(splits)} of {path}, views {spec.protocols[0]} of {spec.frames} frames, "
             f"{spec.timing}, {processes.device.type}."

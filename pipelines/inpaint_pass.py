@@ -169,7 +169,8 @@ def _plan(
     if not texts:
         raise UsageError("--masks is empty; name masks such as random:0.75,center,tube:0.9.")
     maskers = {text: _masker(text, model) for text in texts}
-    split, count = settings.data.eval_split, len(manifest.samples(settings.data.eval_split))
+    split = settings.data.eval_split
+    count = len(manifest.samples(split, "data.eval_split"))
     wanted = sorted(set(np.linspace(0, count - 1, min(settings.evaluate.clips, count)).round().astype(int).tolist()))
     say(
         f"Data: {settings.data.path}, {len(wanted)} of {count} clips of {split}. Masks: {', '.join(texts)}. "

@@ -27,7 +27,7 @@ def predict(
     job: Job,
     clips: Sequence[Path],
     task: str | None = None,
-    views: str | None = None,
+    views: str = "1x1",
     top: int = 5,
     quiet: bool = False,
 ) -> list[Prediction]:
@@ -36,7 +36,7 @@ def predict(
     Args:
         job: `checkpoint` names a fine-tuning run; the workspace's newest (of `task`) by default.
         clips: files.
-        views: protocol such as `5x3`; one clip from the middle, centre crop, by default.
+        views: protocol such as `5x3`; `1x1` is one clip from the middle, centre crop.
         top: classes told for each file.
         quiet: say nothing about what was picked.
 
@@ -50,14 +50,13 @@ def predict(
     import torch
 
     from diffmae_video.evaluation.classify import decode_views
-    from diffmae_video.evaluation.views import parse_views
     from diffmae_video.pipelines.classifiers import load_classifier
-    from diffmae_video.pipelines.tasks import view_settings
+    from diffmae_video.pipelines.tasks import one_protocol, view_settings
     from diffmae_video.training.hardware import pick_device
 
     loaded = load_classifier(source, pick_device(job.device), job.overrides, job.seed)
     settings = loaded.settings
-    protocols = parse_views(views or "1x1")[:1]
+    protocols = one_protocol(views)
     image = loaded.info.get("frames") == 1  # trained on images: one frame
     spec = view_settings(loaded, protocols, loaded.info.get("dataset"), image=image)
     found = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffmae_video.errors import Stopped
+from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.find import find_first_weights
 from diffmae_video.pipelines.job import Job
@@ -44,6 +44,10 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None, in
     Raises:
         UsageError, DataError: what cannot be done as asked; Stopped after a signal; DiffmaeError where training fails.
     """
+    if throughput and not job.dry_run:
+        raise UsageError(
+            f"--throughput {throughput:g} is for plans: add --dry-run; a training measures its rate itself."
+        )
     _expect_data(job, kind)
     source = find_first_weights(init)
     if launches(job):

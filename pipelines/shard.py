@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmae_video._version import __version__
-from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names
+from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names, unlike_its_name
 from diffmae_video.data.holdout import hold_out
 from diffmae_video.data.layouts import Item, Listing, list_samples
 from diffmae_video.data.manifest import MANIFEST, ShardInfo, write_manifest
@@ -77,7 +77,7 @@ class ShardJob:
         samples_per_shard: without it 16 shards a split, of 16 to 512 samples (8 times that for images).
         workers: processes on this machine; all cores by default.
         dask: address of a Dask scheduler; workers must see the same source and destination.
-        clip_seconds, clip_memory: limits of one input: wall clock, and bytes of address space.
+        timeout, memory: limits of one input: wall clock in seconds, and bytes of address space.
         overwrite: replace shards made from other input or with other options.
         dry_run: list and count, make nothing.
     """
@@ -93,8 +93,8 @@ class ShardJob:
     samples_per_shard: int | None = None
     workers: int | None = None
     dask: str | None = None
-    clip_seconds: float = 300.0
-    clip_memory: int = 6 << 30
+    timeout: float = 300.0
+    memory: int = 6 << 30
     overwrite: bool = False
     dry_run: bool = False
 
@@ -103,6 +103,8 @@ class ShardJob:
         object.__setattr__(self, "out", _absolute(str(self.out)))
         if self.options.copy and (self.options.trim or self.options.fps):
             raise UsageError("--copy keeps the bytes of a file, --trim and --fps change them; give one or the other.")
+        if self.dask and self.workers:
+            raise UsageError("--workers is for this machine, with --dask the scheduler knows its own; leave one out.")
 
 
 def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
@@ -123,18 +125,23 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     info = dataset_info(job.dataset) if job.dataset and _is_known(job.dataset) else None
     kind = info.kind if info and job.kind == "auto" else job.kind
     listing = list_samples(source, job.layout or (info.layout if info else "auto"), kind, job.fold)
-    listing = hold_out(listing, job.val_fraction)
+    listed = listing
+    listing = hold_out(listed, job.val_fraction)
     options = replace(job.options, kind=listing.kind)
+    _refuse_unused(job, options, listing is not listed, listing)
     job = replace(job, options=options)
     tars = _deal(listing, job)
     found = len(listing.items) + len(listing.rejected)
-    for note in listing.notes:
+    for note in (*listing.notes, *_odd_classes(listing)):
         say(f"Note: {note}")
     several = len({(item.path, item.label) for item in listing.items}) - len({item.path for item in listing.items})
     if several > 0 and not options.trim:
         say("Note: some videos have spans with different labels: give --trim to cut the spans out.")
     say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
-    plan = _Plan(out, info.name if info else job.dataset or _guess_dataset(listing, source), info, listing, tars)
+    name = info.name if info else job.dataset or _guess_dataset(listing, source)
+    if info and (difference := info.difference(len(listing.classes))):
+        say(f"Note: --dataset {job.dataset}: {difference}.")
+    plan = _Plan(out, name, info, listing, tars)
     if job.dry_run:
         splits = dict(Counter(item.split for item in listing.items))
         return ShardResult(out, plan.name, found, 0, {}, splits, listing.classes, 0, 0.0, 0)
@@ -271,10 +278,57 @@ def _guess_dataset(listing: Listing, source: str) -> str:
     if set(listing.classes) == set(CLASSES):
         return "demo"
     known = LAYOUT_DATASETS.get(listing.layout)
-    if known:
+    difference = unlike_its_name(known, len(listing.classes)) if known else None
+    if known and not difference:
         return known
     name = source.rstrip("/").rpartition("/")[2]
-    return name.rsplit(".", 1)[0] or "clips"
+    name = name.rsplit(".", 1)[0] or "clips"
+    if name in dataset_names():
+        name = f"{name}-{len(listing.classes)}"
+    if difference:
+        say(f"Note: the layout is that of {known}, but {difference}: named {name}; --dataset {known} says otherwise.")
+    return name
+
+
+def _odd_classes(listing: Listing) -> list[str]:
+    """What to say of classes that only other splits than `train` have: no model learns them."""
+    splits: dict[str, set[str]] = {}
+    for item in listing.items:
+        if item.label is not None:
+            splits.setdefault(item.split, set()).add(item.label)
+    learned = splits.pop("train", set())
+    notes = []
+    for split, labels in splits.items() if learned else ():
+        if unknown := sorted(labels - learned):
+            notes.append(
+                f"{len(unknown)} classes of {split} are not in train, e.g. {unknown[0]}: no model learns them."
+            )
+    return notes
+
+
+def _refuse_unused(job: ShardJob, options: TranscodeOptions, held_out: bool, listing: Listing) -> None:
+    """An option that this source or another option leaves without effect is an error, not a surprise.
+
+    Raises:
+        UsageError: names it.
+    """
+    names = ["crf", "preset", "gop", "b_frames", "tune", "x264"]  # how a video is encoded
+    reason, unused = "--copy keeps the bytes of a file", [*names, "short_side"]
+    if options.kind == "image":
+        unused = [*names, "fps", "trim", "min_frames", *(["short_side"] if options.copy else [])]
+        reason = "the source holds images"
+    if options.kind == "image" or options.copy:
+        default = TranscodeOptions()
+        for name in unused:
+            if getattr(options, name) != getattr(default, name):
+                raise UsageError(f"--{name.replace('_', '-')}: {reason}; leave it out.")
+    if job.fold != 1 and listing.layout not in ("ucf101", "hmdb51", "lists"):
+        raise UsageError(f"--fold {job.fold}: the layout {listing.layout} has no numbered folds; leave it out.")
+    if job.val_fraction not in (0.0, ShardJob.val_fraction) and not held_out:
+        raise UsageError(
+            f"--val-fraction {job.val_fraction:g}: the source names its splits itself, or is too small to be divided; "
+            "leave it out."
+        )
 
 
 def _digest(listing: Listing) -> str:
@@ -299,7 +353,7 @@ def _deal(listing: Listing, job: ShardJob) -> list[TarJob]:
                 for one in items[start : start + size]
             )
             name = f"{split}-{number:06d}.tar"
-            tars.append(TarJob(name, split, source, str(job.out), rows, wire, job.clip_seconds, job.clip_memory))
+            tars.append(TarJob(name, split, source, str(job.out), rows, wire, job.timeout, job.memory))
     return tars
 
 

@@ -44,6 +44,7 @@ class Column:
 
     @property
     def title(self) -> str:
+        """What the column is headed."""
         return f"{self.measure}: {self.figure}"
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffmae_video.data.datasets import dataset_info, dataset_names
+from diffmae_video.data.datasets import dataset_info, dataset_names, unlike_its_name
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.classify import ViewSettings
 from diffmae_video.evaluation.predictions import class_difference
-from diffmae_video.evaluation.views import Protocol
+from diffmae_video.evaluation.views import Protocol, parse_views
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import Loaded
 
@@ -32,6 +32,8 @@ def open_task_shards(task: str, path: str, origin: str) -> Manifest:
         )
     if not manifest.classes:
         raise DataError(f"{manifest.root} has no labels ({origin}); shard a labelled copy, or pre-train on it.")
+    if difference := unlike_its_name(task, len(manifest.classes)):
+        console.say(f"Note: {manifest.root}: {difference}; figures are not those of the data set of that name.")
     return manifest
 
 
@@ -40,6 +42,18 @@ def default_views(manifest: Manifest) -> str:
     if manifest.dataset in dataset_names():
         return dataset_info(manifest.dataset).views
     return "1x1" if manifest.kind == "image" else "5x3"
+
+
+def one_protocol(views: str) -> tuple[Protocol, ...]:
+    """The one protocol of a text such as `5x3`, for what averages over one set of views.
+
+    Raises:
+        UsageError: it is not written so, or names several.
+    """
+    protocols = parse_views(views)
+    if len(protocols) > 1:
+        raise UsageError(f"--views {views}: one set of views is averaged here; name one of them.")
+    return protocols
 
 
 def view_settings(loaded: Loaded, views: tuple[Protocol, ...], dataset: str | None, *, image: bool) -> ViewSettings:

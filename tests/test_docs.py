@@ -73,6 +73,17 @@ def test_commands_parse(page: Path) -> None:
                 load_settings("video-tiny", "pretrain", [text])
 
 
+def test_environment_variables_are_documented() -> None:
+    """Those that hold an option follow one rule (tests/cli/test_options.py); an underscore leads our own."""
+    told = "".join(page.read_text("utf-8") for page in CURRENT)
+    for folder in ("diffmae_video", "pipelines", "cli", "tests", "benchmarks", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in (".py", "", ".sh"):
+                for name in re.findall(r"(?<![_A-Z])DIFFMAE_[A-Z_]*[A-Z]", path.read_text("utf-8")):
+                    rule = path.parent.name == "cli" or name == "DIFFMAE_COMMAND_OPTION"
+                    assert rule or f"`{name}" in told or name == "DIFFMAE_PRETRAIN_SET", (path, name)
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=_id)
 def test_python_examples_compile(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S):

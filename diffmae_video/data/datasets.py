@@ -37,6 +37,12 @@ class DatasetInfo:
     protocol: str = "stride"
     source: str = ""
 
+    def difference(self, classes: int) -> str | None:
+        """What is odd about data of this name with so many classes, in words; None where nothing is."""
+        if not self.classes or not classes or self.classes == classes:
+            return None
+        return f"it has {classes} classes, {self.title} has {self.classes}"
+
 
 def dataset_names() -> list[str]:
     """Names of the built-in data sets, sorted."""
@@ -74,6 +80,11 @@ def dataset_info(name_or_path: str) -> DatasetInfo:
     if "name" not in table:
         raise UsageError(f"{name_or_path} has no name; add one.")
     return DatasetInfo(**({"title": table["name"]} | table))
+
+
+def unlike_its_name(dataset: str, classes: int) -> str | None:
+    """`DatasetInfo.difference` of a built-in data set; None for others."""
+    return dataset_info(dataset).difference(classes) if dataset in dataset_names() else None
 
 
 def is_directional(dataset: str) -> bool:

@@ -133,7 +133,7 @@ class Manifest:
         options = self.facts.get("options")
         return isinstance(options, dict) and options.get("copy") is False
 
-    def samples(self, split: str) -> SampleTable:
+    def samples(self, split: str, option: str = "data.split") -> SampleTable:
         """The table of one split.
 
         Raises:
@@ -141,7 +141,7 @@ class Manifest:
         """
         if split not in self.splits:
             known = ", ".join(self.splits) or "none"
-            raise DataError(f"{self.root} has no split {split!r} (it has: {known}); choose one with data.split.")
+            raise DataError(f"{self.root} has no split {split!r} (it has: {known}); choose one with {option}.")
         if split not in self._samples:
             self._read_table()
         return self._samples[split]

@@ -16,7 +16,7 @@ from diffmae_video.data.remote import is_remote, read_file
 from diffmae_video.data.transcode import options_from_json, transcode
 from diffmae_video.errors import DataError, LimitError, StorageError
 
-MEMORY = "DIFFMAE_WORKER_MEMORY"
+MEMORY = "_DIFFMAE_WORKER_MEMORY"
 """Environment variable: bytes of address space that a worker may take."""
 _MAX_JSON, _MAX_DATA = 1 << 24, 1 << 34
 

@@ -77,7 +77,8 @@ def test_features_and_table(run: Path, tmp_path: Path, make_shards: Callable) ->
             expected = encoder.norm(encoder(clip_of(manifest, split, 2), norm=False).mean(1))[0]
         row = rows["samples"].tolist().index(2)
         assert torch.allclose(rows["features"][row], expected, atol=1e-5)
-    extract_features(Job(data="shards", out=tmp_path / "tokens", device="cpu"), splits=["val"], tokens=True)
+    job = Job(data="shards", out=tmp_path / "tokens", device="cpu", overrides=exact)
+    extract_features(job, splits=["val"], tokens=True)
     stored = read_features(tmp_path / "tokens" / "val.safetensors").features
     assert stored.dtype == torch.float16
     assert torch.allclose(stored[2].float(), tokens[0], atol=5e-3)

@@ -250,7 +250,7 @@ def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes crash, hang or eat memory when a file says so."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "if 'DIFFMAE_WORKER_MEMORY' in os.environ:\n"
+        "if '_DIFFMAE_WORKER_MEMORY' in os.environ:\n"
         "    import diffmae_video.data.worker_process as t\n"
         "    real = t.transcode\n"
         "    def transcode(data, options, span=None):\n"
@@ -276,7 +276,7 @@ def test_a_bad_worker_costs_one_clip(source: Path, tmp_path: Path, saboteur: Non
     mixed = tmp_path / "mixed"
     shutil.copytree(source, mixed)
     (mixed / "train/hop/deed.mp4").write_bytes(deed.encode())
-    result = shard(ShardJob(mixed, tmp_path / "out", workers=1, clip_seconds=3.0, clip_memory=3 << 30))
+    result = shard(ShardJob(mixed, tmp_path / "out", workers=1, timeout=3.0, memory=3 << 30))
     assert result.written == 12
     assert result.rejected == {kind: 1}
 
@@ -361,7 +361,7 @@ def test_images(tmp_path: Path) -> None:
             Image.fromarray(noise).save(tmp_path / f"images/train/{name}/{number}.JPEG")
     assert run(["shard", "images", "out", "--image", "--short-side", "100"]) == 0
     manifest = Manifest.load("out")
-    assert (manifest.kind, manifest.dataset) == ("image", "imagenet")
+    assert (manifest.kind, manifest.dataset) == ("image", "images")
     table = manifest.samples("train")
     assert sorted(zip(table.width.tolist(), table.height.tolist(), strict=True)) == [(40, 30)] * 2 + [(150, 100)] * 2
     assert not verify("out", decode=True).problems

@@ -86,7 +86,7 @@ def test_two_runs_into_one_folder(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on address space")
 def test_a_batch_systems_limit_on_memory_is_no_crash(source: Path, tmp_path: Path) -> None:
-    """`ulimit -v` below --clip-gib: workers take what they get."""
+    """`ulimit -v` below --memory: workers take what they get."""
 
     def bound() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -230,7 +230,7 @@ def test_pipes_and_devices_are_no_files(tmp_path: Path) -> None:
                 read(path)
     make_video(tmp_path / "set/a/1.mp4", frames=3)
     os.mkfifo(tmp_path / "set/a/pipe.mp4")
-    result = shard(ShardJob(tmp_path / "set", tmp_path / "out", clip_seconds=60))
+    result = shard(ShardJob(tmp_path / "set", tmp_path / "out", timeout=60))
     assert (result.written, result.found) == (1, 2)
 
 
