@@ -15,6 +15,7 @@ from diffmae_video.config import (
     settings_toml,
     with_overrides,
 )
+from diffmae_video.config.fit_text import FitLength, read_fit_length
 from diffmae_video.errors import UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.patches import grid_shape
@@ -179,3 +180,20 @@ def test_peers_published_pretraining(
     assert model.positions == ("flat" if name.startswith("videomae") else "learned" if "-st-" in name else "sincos")
     if name.startswith("videomae"):
         assert train.min_lr == pytest.approx(1e-5 * videos / 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        *(("auto", None), ("off", None), ("90s", FitLength(90.0)), ("10m", FitLength(600.0))),
+        *(("1.5h", FitLength(5400.0)), ("1step", FitLength(steps=1)), ("40steps", FitLength(steps=40))),
+    ],
+)
+def test_length_of_a_fit(text: str, length: FitLength | None) -> None:
+    assert read_fit_length(text) == length
+
+
+@pytest.mark.parametrize("text", ["", "10", "0steps", "0.5s", "8d", "200h", "-3m", "3 m", "nan", "1e3s"])
+def test_no_length_of_a_fit(text: str) -> None:
+    with pytest.raises(ValueError, match=r"fit|week"):
+        read_fit_length(text)

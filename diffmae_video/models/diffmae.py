@@ -133,13 +133,14 @@ class DiffMAE(HubModel, nn.Module):
         keep = torch.stack(keeps).to(device) if keeps else None
         return Draw(torch.stack(timesteps).to(device), noise, keep)
 
-    def forward(self, clips: Tensor, mask: Mask, draw: Draw) -> DiffMAEOutput:
+    def forward(self, clips: Tensor, mask: Mask, draw: Draw, scored: Tensor | None = None) -> DiffMAEOutput:
         """Loss on masked patches.
 
         Args:
             clips: float (B, C, T, H, W), normalised (`patches.normalize_pixels`).
             mask: of the clips' token grid; the `ddpm` objective hides everything whatever it says.
             draw: from `draw` with the same mask.
+            scored: bool (B, 1, T, H, W), True = pixels of masked patches whose error counts; all of them without it.
         """
         mask = self.objective.mask(mask)
         patches = patchify(clips, self.tubelet, self.patch)  #                      (B, N, P)
@@ -158,9 +159,16 @@ class DiffMAE(HubModel, nn.Module):
         encoding = self._encode(patches, noisy, mask)
         del patches  # before the decoder, where a step holds most
         prediction = self._decode(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
-        error = F.mse_loss(prediction, expected, reduction="none")  #               (B, K, P)
-        error = error if weight is None else error * weight
-        per_sample = masked_mean(error.mean(2), valid)  #                           (B,)
+        if scored is None:
+            error = F.mse_loss(prediction, expected, reduction="none")  #           (B, K, P)
+            error = error if weight is None else error * weight
+            per_sample = masked_mean(error.mean(2), valid)  #                       (B,)
+        else:
+            counted = gather_tokens(patchify(scored.expand_as(clips), self.tubelet, self.patch), index)  # (B, K, P)
+            counted = counted if valid is None else counted & valid[..., None]
+            difference = prediction - expected if weight is None else (prediction - expected) * weight.sqrt()
+            error = self.space.turn_back(difference).float().square().where(counted, 0.0)  # (B, K, P), in pixels
+            per_sample = error.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)  #    (B,)
         if self.feature_decoder is not None:
             per_sample = per_sample + self.feature_decoder.loss(clips, encoding, index, valid)
         return DiffMAEOutput(per_sample.mean(), per_sample, prediction)

@@ -92,8 +92,12 @@ class PatchSpace(nn.Module):
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """And back."""
-        x = self._turn(x, self.basis.mT) if self.turned else x
+        x = self.turn_back(x)
         return x + self.mean if self.known else x
+
+    def turn_back(self, difference: Tensor) -> Tensor:
+        """Differences of components (B, K, P) as differences of pixels: turned, so that squares add up to the same."""
+        return self._turn(difference, self.basis.mT) if self.turned else difference
 
     @staticmethod
     def _turn(x: Tensor, basis: Tensor) -> Tensor:
