@@ -72,12 +72,21 @@ def render_inpaint(
             help="Take from other frames what they show; auto does unless the mask is generated, only asks no model.",
         ),
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="auto|off|TIME|Nsteps",
+            help="Train a small model on what is visible of this clip: auto does for 3 minutes (30 s on a GPU) where "
+            "no model is known, a time (90s, 10m) or a number of steps (400steps) always, off never.",
+        ),
+    ] = None,
     fps: Annotated[float, typer.Option("--fps", min=0.1, max=240, help="Rate of a folder of images.")] = 24.0,
     **options: Any,
 ) -> None:
     """Remove something from a clip: what other frames show is taken from there, the rest is filled by a model.
 
-    Without a model that is known or named, the rest is filled by a classical method.
+    Where no model is known or named, a small one is trained on what is visible of the clip (--fit).
 
     Example: diffmae render-inpaint clip.mp4 --mask object.png
     """
@@ -89,7 +98,7 @@ def render_inpaint(
         job_of(options),
         clip,
         MaskRequest(tuple(mask or ()), track, dilate, invert, follow),
-        options={**fields, "stride": stride, "window": window, "propagate": propagate},
+        options={**fields, "stride": stride, "window": window, "propagate": propagate, "fit": fit},
         lossless=lossless,
         fps=fps,
     )

@@ -9,6 +9,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmae_video.config.fit_text import FitLength, read_fit_length
 from diffmae_video.data.datasets import dataset_names
 from diffmae_video.errors import UsageError
 from diffmae_video.models.hub import is_hub_name, local_weights, model_folder
@@ -46,6 +47,15 @@ class Fill:
     """`render.propagate`."""
     generated: bool = False
     """The mask is drawn by a masker, which shows a model and removes nothing (`mask_text.is_generated`)."""
+    fit: str = "auto"
+    """`render.fit`."""
+    fit_recipe: str = "fit-clip"
+    """`render.fit_recipe`."""
+
+    @property
+    def fit_length(self) -> FitLength | None:
+        """How long a model of the clip is trained; None for `off`, and for `auto`, where the device says."""
+        return read_fit_length(self.fit)
 
     @property
     def looks_elsewhere(self) -> bool:
@@ -58,7 +68,8 @@ def find_inpainter(given: str | Path | None, fill: Fill) -> tuple[str, str] | No
 
     Args:
         given: `--checkpoint`; the workspace's newest pre-training without it.
-        fill: with `only` no model is asked; with `auto` one is not needed, save for a generated mask.
+        fill: with `only` no model is asked; with `auto` one is not needed, save for a generated mask. A model that is
+            fitted to the clip starts from the one that is given, if any.
 
     Raises:
         UsageError: a model is needed and none is there, or one is given that would not be asked.
@@ -67,15 +78,27 @@ def find_inpainter(given: str | Path | None, fill: Fill) -> tuple[str, str] | No
     if fill.propagate == "only":
         if given is not None:
             raise UsageError("--propagate only asks no model: leave --checkpoint away, or take --propagate auto.")
+        if fill.fit_length is not None:
+            raise UsageError("--propagate only asks no model: leave --fit away, or take --propagate auto.")
         return None
+    if is_fitted(given, fill):
+        return None if given is None else find_run("pretrain", given)
     if given is None and Workspace.here().latest("pretrain") is None:
         if fill.propagate == "auto" and not fill.generated:
             return None
         raise UsageError(
             f"No pretrain result is known in {Workspace.here().folder}: run `diffmae pretrain --video` first or give "
-            "--checkpoint; a mask that shows what should go (--mask object.png) needs no model."
+            "--checkpoint; a mask that shows what should go (--mask object.png) needs no model, and --fit auto trains "
+            "one on the clip."
         )
     return find_run("pretrain", given)
+
+
+def is_fitted(given: str | Path | None, fill: Fill) -> bool:
+    """Whether a model is trained on the clip itself: where that was asked for, or no other is known or named."""
+    if fill.propagate == "only" or fill.fit == "off":
+        return False
+    return fill.fit_length is not None or (given is None and Workspace.here().latest("pretrain") is None)
 
 
 def find_init(init: str) -> tuple[str | None, str]:

@@ -76,6 +76,7 @@ class ClipFit:
         length: without one, by the device.
         recipe: of the fit.
         init: weights to start from; they decide the model's settings.
+        keep_size: windows have the recipe's size, whatever the shape of the hole.
     """
 
     job: Job
@@ -85,6 +86,7 @@ class ClipFit:
     length: FitLength | None = None
     recipe: str = "fit-clip"
     init: str | None = None
+    keep_size: bool = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -111,7 +113,7 @@ class ClipFit:
             settings = with_overrides(settings, seed=self.job.seed)
         stride = max(1, min(settings.data.stride, self.source.frames // settings.model.frames))
         size = settings.model.size
-        if self.init is None:
+        if self.init is None and not self.keep_size:
             size = window_size(self.looks_at(settings, stride), size, settings.model.patch)
         return with_overrides(settings, model={"size": size}, data={"stride": stride})
 
@@ -212,9 +214,10 @@ def fit(work: ClipFit) -> Fitted:
     asked = hashlib.sha256(work.packed)
     asked.update(json.dumps([facts, [[look.first, *vars(look.window).values()] for look in work.looks]]).encode())
     data = asked.hexdigest()
+    what = "a small one" if work.init is None else f"{work.init}"
     say(
-        f"Model: none is known; a small one is trained on what is visible of the clip, {work.asked_length} "
-        f"(--fit 10m for longer, --fit off for none)."
+        f"Model: {what} is trained on what is visible of the clip, {work.asked_length} (--fit 10m: longer; --fit off: "
+        "not at all)."
     )
     clip = work.reduced()
     settings = work.settings

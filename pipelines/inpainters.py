@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffmae_video.config import Settings, load_settings, override_settings
+from diffmae_video.config import Settings, load_settings, override_settings, with_overrides
 from diffmae_video.errors import UsageError
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.pipelines.classifiers import Loaded, load
 from diffmae_video.pipelines.console import say
-from diffmae_video.pipelines.find import Fill, find_inpainter, find_run
+from diffmae_video.pipelines.find import Fill, find_inpainter, find_run, is_fitted
 from diffmae_video.pipelines.job import Job
 from diffmae_video.training.hardware import pick_device
 
@@ -39,6 +39,8 @@ class Painter:
     """Run or weights; None for a classical fill."""
     model: DiffMAE | None = None
     weights_sha256: str = ""
+    fitted: bool = False
+    """A model of the clip itself is to be made, once it is known what is left to fill; it starts from `checkpoint`."""
 
 
 def choose_painter(job: Job, fill: Fill) -> Painter:
@@ -51,7 +53,14 @@ def choose_painter(job: Job, fill: Fill) -> Painter:
         UsageError: a model is needed and none is there, or it cannot inpaint.
         DataError: its weights are damaged.
     """
-    if find_inpainter(job.checkpoint, fill) is not None:
+    found = find_inpainter(job.checkpoint, fill)
+    if is_fitted(job.checkpoint, fill):
+        settings = with_overrides(
+            load_settings(fill.fit_recipe, "render", job.overrides),
+            render={"fit": fill.fit, "fit_recipe": fill.fit_recipe},
+        )
+        return Painter(override_settings(settings, (), job.seed), None if found is None else found[0], fitted=True)
+    if found is not None:
         checkpoint, model, loaded = load_inpainter(job)
         return Painter(loaded.settings, checkpoint, model, loaded.weights_sha256)
     if fill.propagate == "auto":

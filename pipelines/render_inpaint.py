@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from diffmae_video.config import RenderSettings, load_settings
+from diffmae_video.config.fit_text import read_fit_length
 from diffmae_video.errors import UsageError
 from diffmae_video.mask_text import MaskRequest, is_generated
 from diffmae_video.pipelines.find import Fill, find_inpainter
@@ -29,8 +30,8 @@ def render(
 
     Args:
         job: its recipe names the `render` settings (those saved with the run without it), its checkpoint a pre-training
-            run. Without one, what no other frame shows is filled by a classical method. An unfinished render of the
-            same is continued.
+            run. Without one, what no other frame shows is filled by a small model that is trained on what is visible
+            of the clip (`render.fit`). An unfinished render of the same is continued.
         clip: video, image, or folder of images.
         mask: what to hide, `MaskRequest(("center",))`; the recipe's `render.mask` without it.
         options: single fields of the render settings, which win over all others; None values count as absent.
@@ -46,7 +47,7 @@ def render(
         Stopped: a signal ended it; the same call continues.
     """
     job.resume_auto_or_never()
-    fill = _asked(job, mask, (options or {}).get("propagate"))
+    fill = _asked(job, mask, options or {})
     find_inpainter(job.checkpoint, fill)  # before anything heavy is imported
 
     from diffmae_video.pipelines.render_pass import plan_render, run_render
@@ -55,18 +56,23 @@ def render(
         return None if job.dry_run else run_render(job, plan)
 
 
-def _asked(job: Job, mask: MaskRequest, propagate: str | None) -> Fill:
+def _asked(job: Job, mask: MaskRequest, options: Mapping[str, Any]) -> Fill:
     """What a job says of the ways to fill, before a model is chosen.
 
     Args:
-        propagate: the option, which wins over recipe and overrides.
+        options: `propagate` and `fit` among them win over recipe and overrides.
 
     Raises:
         UsageError: an unknown recipe, setting or choice.
     """
+    propagate, fit = options.get("propagate"), options.get("fit")
     asked = load_settings(None if job.recipe == "auto" else job.recipe, "render", job.overrides).render
     choices = get_args(RenderSettings.model_fields["propagate"].annotation)
     if propagate is not None and propagate not in choices:
         raise UsageError(f"--propagate {propagate}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
-    named = mask.texts or mask.track
-    return Fill(propagate or asked.propagate, mask.generated if named else is_generated(asked.mask))
+    try:
+        read_fit_length(fit or "auto")
+    except ValueError as error:
+        raise UsageError(f"--fit {fit}: {error}.") from error
+    generated = mask.generated if mask.texts or mask.track else is_generated(asked.mask)
+    return Fill(propagate or asked.propagate, generated, fit or asked.fit, asked.fit_recipe)

@@ -17,8 +17,11 @@ from diffmae_video.data.sampling import stride_at
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.mask_text import MaskRequest
+from diffmae_video.models.initial import initial_sha256
+from diffmae_video.pipelines.classifiers import load
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.find import Fill
+from diffmae_video.pipelines.fit import ClipFit, fit
 from diffmae_video.pipelines.inpainters import check_steps, choose_painter
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.render_follow import follow_mask, save_followed
@@ -34,11 +37,13 @@ from diffmae_video.registry import samplers
 from diffmae_video.rendering.album import Album, write_trajectory
 from diffmae_video.rendering.fillers import SPECK, Classical, Propagation
 from diffmae_video.rendering.frames import Filler, Frame
+from diffmae_video.rendering.hidden_file import pack_hidden, unpack_hidden
 from diffmae_video.rendering.inpaint import Inpainter
 from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import Writer, open_writer, write_png
+from diffmae_video.training.hardware import pick_device
 from diffmae_video.training.signals import stop_on_signal
 
 CHOICES = ("codec", "sampler", "window")
@@ -65,6 +70,13 @@ class Plan:
     """Digest of the model's weights; empty without a model."""
     touched: list[int]
     """Frames in which something is hidden."""
+    fit: Fill | None = None
+    """A model of the clip itself is to be made, once it is known what is left to fill; it starts from `checkpoint`."""
+    fit_steps: int | None = None
+
+    def hidden(self, number: int) -> np.ndarray:
+        """What the mask hides of a frame, bool (H, W); frames may be more than the file says."""
+        return self.mask(min(number, self.source.frames - 1))
 
     @property
     def fillers(self) -> list[Filler]:
@@ -105,6 +117,7 @@ def plan_render(
         fill = replace(fill, generated=request.generated)  # of the mask that the model's own settings name
         propagation = Propagation() if fill.looks_elsewhere else None
         ways = [] if propagation is None else ["What other frames show is taken from there."]
+        ways += ["The rest is filled by a model of the clip itself."] if painter.fitted else []
         if inpainter is not None:
             ways += [
                 f"Windows of {inpainter.length} frames, stride {inpainter.stride}, at "
@@ -123,9 +136,14 @@ def plan_render(
             not request.generated,
             settings,
             painter.checkpoint,
-            painter.weights_sha256,
+            f"fit {_initial(painter.checkpoint)}" if painter.fitted else painter.weights_sha256,
             touched,
+            fill if painter.fitted else None,
         )
+
+
+def _initial(checkpoint: str | None) -> str:
+    return "" if checkpoint is None else initial_sha256(checkpoint)
 
 
 def _shape(source: VideoSource, settings: Settings, inpainter: Inpainter | None) -> ClipShape:
@@ -161,12 +179,16 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
             def check() -> None:
                 signals.check(f"the same command continues the render of {plan.source.path}")
 
-            if inpainter is not None:
-                inpainter.store, inpainter.between_steps = WindowFiles(run.directory / WORK / "windows"), check
-            if propagation is not None:
-                propagation.store = TakenFiles(run.directory / WORK / "taken")
-                propagation.between_frames = check
+            work = run.directory / WORK
             try:
+                if propagation is not None:
+                    propagation.store, propagation.between_frames = TakenFiles(work / "taken"), check
+                if plan.fit is not None:
+                    plan = _fitted(job, plan, check)
+                    inpainter = plan.inpainter
+                if inpainter is not None:
+                    windows = "windows" if plan.fit is None else f"windows-{plan.weights[:12]}"
+                    inpainter.store, inpainter.between_steps = WindowFiles(work / windows), check
                 result = _write(plan, run.directory, check)
             except (UsageError, DataError):
                 if not run.earlier:
@@ -179,6 +201,61 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
         "Pictures and report.html lie beside it."
     )
     return result
+
+
+def _fitted(job: Job, plan: Plan, check: Callable[[], None]) -> Plan:
+    """The plan with a model of the clip, made for what no other frame shows; without one where that is nothing."""
+    assert plan.fit is not None
+    asked, again = plan.hidden, plan.propagation
+    if plan.propagation is not None:
+        left, again = _left(plan, check), Propagation()
+        again.store, again.between_frames = plan.propagation.store, check
+        if not any(left):
+            say("Other frames show all of it: no model is needed.")
+            return replace(plan, propagation=again, classical=Classical(), checkpoint=None)
+
+        def asked(number: int) -> np.ndarray:
+            return next(unpack_hidden(left[min(number, len(left) - 1)]))
+
+    made = fit(
+        ClipFit(
+            job,
+            plan.source,
+            plan.hidden,
+            asked,
+            plan.fit.fit_length,
+            plan.fit.fit_recipe,
+            plan.checkpoint,
+            keep_size=plan.fit.generated,
+        )
+    )
+    loaded = load(made.directory, pick_device(job.device), job.overrides, job.seed)
+    settings = with_overrides(loaded.settings, render=plan.settings.render.model_dump())
+    stride = _stride(settings, plan.source, settings.model.frames)
+    inpainter = Inpainter(loaded.model, settings.render, stride=stride, seed=settings.seed)
+    return replace(
+        plan,
+        propagation=again,
+        classical=Classical(SPECK),
+        inpainter=inpainter,
+        settings=settings,
+        checkpoint=str(made.directory),
+        weights=loaded.weights_sha256,
+        fit_steps=made.steps,
+    )
+
+
+def _left(plan: Plan, check: Callable[[], None]) -> list[bytes]:
+    """What other frames do not show, a packed mask a frame; empty where nothing is left but specks."""
+    assert plan.propagation is not None
+    left = []
+    with progress(plan.source.frames, "other frames", "frames") as line:
+        for frame in Classical(SPECK).stream(plan.propagation.stream(_frames(plan))):
+            unfilled = frame.unfilled
+            left.append(pack_hidden(lambda number, mask=unfilled: mask, 1))
+            line.update(1)
+            check()
+    return left
 
 
 def _settings(run: Settings, job: Job, options: Mapping[str, Any]) -> Settings:
@@ -225,7 +302,7 @@ def _survey(mask: ClipMask, frames: int) -> tuple[float, list[int]]:
 
 def _frames(plan: Plan) -> Iterator[Frame]:
     for number, frame in enumerate(plan.source):
-        yield Frame(number, frame.rgb, plan.mask(min(number, plan.source.frames - 1)), frame.pts)
+        yield Frame(number, frame.rgb, plan.hidden(number), frame.pts)
 
 
 def _write(plan: Plan, directory: Path, check: Callable[[], None]) -> RenderResult:
@@ -290,6 +367,7 @@ def _write(plan: Plan, directory: Path, check: Callable[[], None]) -> RenderResu
         samples=samples,
         seed=settings.seed,
         checkpoint=plan.checkpoint,
+        fit_steps=plan.fit_steps,
         removal=plan.removal,
         **_shares(plan, hidden),
         **({} if inpainter is None else _sampling(inpainter)),

@@ -41,6 +41,8 @@ class RenderResult:
     """Of the hidden pixels, those that were filled without either: specks, or all that is left without a model."""
     propagated_confidence: float | None = None
     """How far what was taken from other frames is believed, from 0 to 1, mean over its pixels."""
+    fit_steps: int | None = None
+    """Steps for which a model was trained on the clip; None where none was."""
     windows: int = 0
     windows_resumed: int = 0
     steps: int | None = None

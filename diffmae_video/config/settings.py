@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from diffmae_video.config.fit_text import read_fit_length
 from diffmae_video.registry import (
     DecoderName,
     LoggerName,
@@ -37,7 +38,13 @@ def _check_space(name: str) -> str:
     return name
 
 
+def _check_fit(text: str) -> str:
+    read_fit_length(text)
+    return text
+
+
 SpaceName = Annotated[str, AfterValidator(_check_space)]
+FitText = Annotated[str, AfterValidator(_check_fit)]
 
 
 class Section(BaseModel):
@@ -456,6 +463,12 @@ class RenderSettings(Section):
     propagate: Literal["auto", "off", "only"] = "auto"
     """Take from other frames what they show of the hidden part: `auto` does where the mask shows something that should
     go (a box, a file) and not where it is generated, which shows the model; `only` asks no model at all."""
+    fit: FitText = "auto"
+    """A model of the clip itself: `auto` trains one for three minutes (30 s on a GPU) where no model is known or named,
+    a time (`90s`, `10m`) or a number of steps (`400steps`) always, from `--checkpoint` on where that is given; `off`
+    never."""
+    fit_recipe: str = "fit-clip"
+    """Recipe of that model."""
     sampler: SamplerName = "ddim"
     """Sampler."""
     steps: Annotated[int, Field(gt=0, le=100_000)] = 3

@@ -98,7 +98,7 @@ class Propagation:
                 self.restored += 1
             else:
                 taken = Taken(seen, rgb[seen], float(confidence[seen].sum(dtype=np.float64)))
-                if self.store is not None and seen.any():
+                if self.store is not None and frame.unfilled.any():
                     self.store.save(number, taken)
             self._fill(frame, taken)
             yield frame

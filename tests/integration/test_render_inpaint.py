@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
 
 
 def test_missing_model_and_clip(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["render-inpaint", str(clip)]) == 2
+    assert run(["render-inpaint", str(clip), "--fit", "off"]) == 2
     assert "diffmae pretrain --video" in capsys.readouterr().err
     assert render(Path("gone.mp4"), model, "--mask", "center") == 3
     Path("text.mp4").write_text("hello")
@@ -283,7 +283,7 @@ def test_a_removal_needs_no_model_and_is_not_compared_with_what_went(
     clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a fresh machine, where no model is known."""
-    assert run(["render-inpaint", str(clip), "--track", TRACK, "--lossless", "--out", "out"]) == 0
+    assert run(["render-inpaint", str(clip), "--track", TRACK, "--fit", "off", "--lossless", "--out", "out"]) == 0
     assert "No model is known" in capsys.readouterr().out
     assert run(["render-inpaint", str(clip), "--track", TRACK, "--propagate", "only", "--lossless", "--out", "b"]) == 0
     assert "No model is known" not in capsys.readouterr().out
@@ -303,7 +303,7 @@ def test_a_removal_needs_no_model_and_is_not_compared_with_what_went(
 
 
 def test_a_generated_mask_without_a_model(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["render-inpaint", str(clip), "--mask", "tube:0.5", "--propagate", "off"]) == 2
+    assert run(["render-inpaint", str(clip), "--mask", "tube:0.5", "--propagate", "off", "--fit", "off"]) == 2
     assert "--mask object.png" in capsys.readouterr().err
     assert run(["render-inpaint", str(clip), "--mask", "block:0.3", "--propagate", "only", "--out", "out"]) == 0
     assert json.loads(Path("out/result.json").read_text())["psnr_masked"] > 0
