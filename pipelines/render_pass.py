@@ -18,12 +18,11 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
 from diffmae_video.mask_text import MaskRequest
 from diffmae_video.models.initial import initial_sha256
-from diffmae_video.pipelines.classifiers import load
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.find import Fill
-from diffmae_video.pipelines.fit import ClipFit, fit
 from diffmae_video.pipelines.inpainters import check_steps, choose_painter
 from diffmae_video.pipelines.job import Job
+from diffmae_video.pipelines.render_fit import fit_painter, left_over
 from diffmae_video.pipelines.render_follow import follow_mask, save_followed
 from diffmae_video.pipelines.render_report import (
     RenderResult,
@@ -37,13 +36,11 @@ from diffmae_video.registry import samplers
 from diffmae_video.rendering.album import Album, write_trajectory
 from diffmae_video.rendering.fillers import SPECK, Classical, Propagation
 from diffmae_video.rendering.frames import Filler, Frame
-from diffmae_video.rendering.hidden_file import pack_hidden, unpack_hidden
 from diffmae_video.rendering.inpaint import Inpainter
 from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import Writer, open_writer, write_png
-from diffmae_video.training.hardware import pick_device
 from diffmae_video.training.signals import stop_on_signal
 
 CHOICES = ("codec", "sampler", "window")
@@ -206,33 +203,21 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
 def _fitted(job: Job, plan: Plan, check: Callable[[], None]) -> Plan:
     """The plan with a model of the clip, made for what no other frame shows; without one where that is nothing."""
     assert plan.fit is not None
-    asked, again = plan.hidden, plan.propagation
+    left, again = None, plan.propagation
     if plan.propagation is not None:
-        left, again = _left(plan, check), Propagation()
+        left, again = left_over(_frames(plan), plan.source.frames, plan.propagation, check), Propagation()
         again.store, again.between_frames = plan.propagation.store, check
-        if not any(left):
+        if left is None:
             say("Other frames show all of it: no model is needed.")
             return replace(plan, propagation=again, classical=Classical(), checkpoint=None)
-
-        def asked(number: int) -> np.ndarray:
-            return next(unpack_hidden(left[min(number, len(left) - 1)]))
-
-    made = fit(
-        ClipFit(
-            job,
-            plan.source,
-            plan.hidden,
-            asked,
-            plan.fit.fit_length,
-            plan.fit.fit_recipe,
-            plan.checkpoint,
-            keep_size=plan.fit.generated,
-        )
-    )
-    loaded = load(made.directory, pick_device(job.device), job.overrides, job.seed)
+    made, loaded = fit_painter(job, plan.source, plan.hidden, left, plan.fit, plan.checkpoint)
     settings = with_overrides(loaded.settings, render=plan.settings.render.model_dump())
-    stride = _stride(settings, plan.source, settings.model.frames)
-    inpainter = Inpainter(loaded.model, settings.render, stride=stride, seed=settings.seed)
+    inpainter = Inpainter(
+        loaded.model,
+        settings.render,
+        stride=_stride(settings, plan.source, settings.model.frames),
+        seed=settings.seed,
+    )
     return replace(
         plan,
         propagation=again,
@@ -243,19 +228,6 @@ def _fitted(job: Job, plan: Plan, check: Callable[[], None]) -> Plan:
         weights=loaded.weights_sha256,
         fit_steps=made.steps,
     )
-
-
-def _left(plan: Plan, check: Callable[[], None]) -> list[bytes]:
-    """What other frames do not show, a packed mask a frame; empty where nothing is left but specks."""
-    assert plan.propagation is not None
-    left = []
-    with progress(plan.source.frames, "other frames", "frames") as line:
-        for frame in Classical(SPECK).stream(plan.propagation.stream(_frames(plan))):
-            unfilled = frame.unfilled
-            left.append(pack_hidden(lambda number, mask=unfilled: mask, 1))
-            line.update(1)
-            check()
-    return left
 
 
 def _settings(run: Settings, job: Job, options: Mapping[str, Any]) -> Settings:

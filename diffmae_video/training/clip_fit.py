@@ -94,20 +94,36 @@ class FitStream:
         draw = np.random.default_rng([self.seed, number])
         hole = self._hole(draw)  # bool (T, H, W)
         best, most = None, 0
-        for attempt in range(MOST_TRIES):
+        for _ in range(TRIES):
             window = self._window(draw)
             scored = self._scored(hole, self.clip.hidden[window])
             if scored > most:
                 best, most = window, scored
-            if most >= ENOUGH * hole.sum() or (best is not None and attempt + 1 >= TRIES):
+            if most >= ENOUGH * hole.sum():
                 break
         if best is None:
-            raise UsageError("Too little of the clip is visible to train a model on it; take --fit off.")
+            best, hole = self._thinned(draw)
         parts = [self.clip.frames[best], self.clip.hidden[best], hole]
         if draw.random() < self.flip:
             parts = [part[:, :, ::-1] for part in parts]
         rgb, hidden, practice = (np.ascontiguousarray(part) for part in parts)
         return rgb, hidden, practice, int(draw.integers(2**62))
+
+    def _thinned(self, draw: np.random.Generator) -> tuple[tuple[Any, ...], np.ndarray]:
+        """Where the hole leaves nothing visible at any place: a place, and half of the tokens that are visible there.
+
+        Raises:
+            UsageError: no place with two of them is found.
+        """
+        for _ in range(MOST_TRIES):
+            window = self._window(draw)
+            masked = pixel_mask_to_grid(torch.from_numpy(self.clip.hidden[window]), self.tubelet, self.patch)
+            visible = np.flatnonzero(~masked.numpy())
+            if len(visible) > 1:
+                grid = np.zeros(masked.shape, dtype=bool)
+                grid.flat[draw.permutation(visible)[: len(visible) // 2]] = True
+                return window, np.kron(grid, np.ones((self.tubelet, self.patch, self.patch), dtype=bool))
+        raise UsageError("Too little of the clip is visible to train a model on it; take --fit off.")
 
     def _scored(self, hole: np.ndarray, hidden: np.ndarray) -> int:
         """Visible pixels that a hole here would hide; 0 where no token stays visible."""
