@@ -34,6 +34,8 @@ HELPS = 0.9
 """Share of the error without flow that must be left with it."""
 FLOW_MISS = 25
 """Difference of grey beyond which a flow is not believed."""
+SOON = 0.03
+"""Share of a hole for which a frame is taken because none nearer in time shows it."""
 SAMPLED = 3000
 """About so many pixels tell the exposure, and how well frames match."""
 LEAST_GAIN = 0.02
@@ -121,6 +123,30 @@ def survey(region: Region, others: Sequence[tuple[View, np.ndarray]], most: int)
         chosen.append(best)
         total += table[best]
     return chosen
+
+
+def soonest(region: Region, others: Sequence[tuple[View, np.ndarray]], chosen: Sequence[int], most: int) -> list[int]:
+    """Up to `most` frames beside the chosen ones that are the nearest in time to show some part of the hole.
+
+    What moves behind the hole is told best by them.
+
+    Args:
+        others: nearest first.
+    """
+    step = region.step
+    hidden = region.hidden[::step, ::step]
+    points = np.ascontiguousarray(region.points[::step, ::step])
+    open_ = hidden.copy()  # not shown by a nearer frame
+    found: list[int] = []
+    for number, (other, motion) in enumerate(others):
+        new = visible_at(other.covered, warped(points, motion)) & open_
+        if new.sum() > SOON * hidden.sum():
+            open_ &= ~new
+            if number not in chosen:
+                found.append(number)
+        if len(found) == most or open_.sum() <= SOON * hidden.sum():
+            break
+    return found
 
 
 def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:

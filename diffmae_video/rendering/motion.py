@@ -23,6 +23,12 @@ ALIKE = 0.5
 """Correlation of two aligned frames from which on they show the same scene."""
 
 
+STANDS = 0.95
+"""Share of the difference between aligned frames that must be left without motion for the view to stand still."""
+MISFIT = 12
+"""Difference of grey beyond which a pixel shows something else."""
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """OpenCV on one thread: its DIS flow gives other values for another number of them."""
@@ -97,9 +103,11 @@ def neighbour_motion(a: View, b: View) -> np.ndarray | None:
     """Where the points of a frame lie in another of the same shot: a homography float64 (3, 3), or None at a cut."""
     tracks = follow(a, b)
     motion = None if tracks is None else fit_motion(*tracks, a.hidden.shape)
-    if motion is not None and _alike(a, b, motion) > ALIKE:
-        return motion
     still = np.eye(3)
+    if motion is not None and _alike(a, b, motion) > ALIKE:
+        # corners gather on things that move before a plain wall: pixels tell whether the view does
+        stands = not np.array_equal(motion, still) and _misfit(a, b, still) < STANDS * _misfit(a, b, motion)
+        return still if stands else motion
     return still if _alike(a, b, still) > (1 + ALIKE) / 2 else None
 
 
@@ -170,6 +178,18 @@ def sane(motion: np.ndarray, size: tuple[int, int]) -> bool:
 
 def _moved(points: np.ndarray, motion: np.ndarray) -> np.ndarray:
     return cv2.perspectiveTransform(points[:, None], motion)[:, 0]
+
+
+def _misfit(a: View, b: View, motion: np.ndarray) -> float:
+    """Mean difference of grey of two aligned frames where both are seen, each pixel's up to MISFIT."""
+    height, width = a.hidden.shape
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    other = cv2.warpPerspective(b.grey, motion, (width, height), flags=flags)
+    covered = cv2.warpPerspective(b.covered, motion, (width, height), flags=flags, borderValue=255)
+    both = (covered == 0) & (a.covered == 0)
+    if not both.any():
+        return float(MISFIT)
+    return float(np.minimum(cv2.absdiff(a.grey, other), MISFIT)[both].mean())
 
 
 def _alike(a: View, b: View, motion: np.ndarray) -> float:

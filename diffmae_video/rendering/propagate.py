@@ -21,7 +21,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
-from diffmae_video.rendering.candidates import CAP, HAZARD, NOISE, Candidate, Region, align, survey
+from diffmae_video.rendering.candidates import CAP, HAZARD, NOISE, Candidate, Region, align, soonest, survey
 from diffmae_video.rendering.motion import View, neighbour_motion, one_thread, sane
 from diffmae_video.rendering.paste import membrane
 
@@ -116,6 +116,7 @@ class Propagator:
             for box in boxes(view.hidden):
                 region = Region(view, box)
                 chosen = survey(region, others, self.settings.candidates)
+                chosen += soonest(region, others, chosen, self.settings.candidates // 2)
                 aligned = (align(region, *others[n]) for n in chosen)
                 found = [one for one in aligned if one is not None]
                 if not found:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from diffmae_video.rendering.candidates import Region, soonest
 from diffmae_video.rendering.motion import View, fit_motion, neighbour_motion, sane, spread
 from diffmae_video.rendering.propagate import PropagateSettings, Propagator, boxes
 
@@ -101,6 +102,35 @@ def test_a_cut_is_never_crossed() -> None:
     assert result[:9, ..., 2][seen[:9]].max() < 30  # the second shot is blue
     assert result[9:, ..., 0][seen[9:]].max() < 30  # the first one red
     assert neighbour_motion(View(8, frames[8], holes[0]), View(9, frames[9], holes[0])) is None
+
+
+def test_a_thing_that_moves_before_a_plain_wall_does_not_move_the_view() -> None:
+    """All corners lie on the thing."""
+    scene = picture(7)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    wall = np.repeat((110 + 20 * np.sin(rows / 9) + 15 * np.sin(columns / 7))[..., None], 3, -1).astype(np.uint8)
+    frames = []
+    for n in range(2):
+        thing = (slice(20, 52), slice(30 + 3 * n, 62 + 3 * n))
+        frames.append(wall.copy())
+        frames[n][thing] = scene[40:72, 40:72]
+    none = np.zeros((HEIGHT, WIDTH), bool)
+    motion = neighbour_motion(*(View(n, frame, none) for n, frame in enumerate(frames)))
+    np.testing.assert_array_equal(motion, np.eye(3))
+
+
+def test_the_frames_that_show_a_place_soonest_are_looked_at() -> None:
+    frames, holes = [picture(1)[:HEIGHT, :WIDTH]] * 16, moving_holes(16)
+    views = [View(n, frame, hole) for n, (frame, hole) in enumerate(zip(frames, holes, strict=True))]
+    others = sorted(((view, np.eye(3)) for view in views if view.number != 8), key=lambda one: abs(one[0].number - 8))
+    (box,) = boxes(holes[8])
+    chosen = {others[k][0].number for k in soonest(Region(views[8], box), others, [], 12)}
+    shows = {n: ~holes[n] & holes[8] for n in range(16) if n != 8}
+    nearest = {n: abs(n - 8) for n in shows}
+    for y, x in np.argwhere(holes[8])[::7]:
+        soon = min(nearest[n] for n in shows if shows[n][y, x])
+        assert any(shows[n][y, x] and nearest[n] <= soon + 1 for n in chosen)
+    assert len(chosen) < 8  # and not all
 
 
 def test_what_no_frame_shows_is_not_seen() -> None:
