@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffmae_video._version import __version__
-from diffmae_video.cli import demo, recognition, render, shard, study, system, train, weights
+from diffmae_video.cli import demo, recognition, render, shard, studio, study, system, train, weights
 from diffmae_video.cli.options import STYLE
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.files import printable
@@ -26,6 +26,7 @@ _COMMANDS: dict[str, Callable[..., Any] | typer.Typer] = {
     **train.COMMANDS,
     **recognition.COMMANDS,
     **render.COMMANDS,
+    **studio.COMMANDS,
     **weights.COMMANDS,
     **study.COMMANDS,
     **system.COMMANDS,

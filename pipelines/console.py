@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +26,31 @@ from rich.table import Table
 from diffmae_video.files import printable
 
 PLAIN_LINE_SECONDS = 10.0
+_listener: ContextVar[Callable[[Step], None] | None] = ContextVar("listener", default=None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a piece of work is."""
+
+    label: str
+    """What is being done, e.g. `render-inpaint`."""
+    done: int
+    total: int | None
+    """Units of work, or None where it is not known."""
+    unit: str
+    seconds_left: float | None
+    """At the rate so far; None at the beginning."""
+
+
+@contextmanager
+def listen(callback: Callable[[Step], None]) -> Iterator[None]:
+    """Call back at every step of progress in this thread while the block runs; what it raises ends the work."""
+    token = _listener.set(callback)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def console() -> Console:
@@ -83,6 +110,7 @@ class ProgressLine:
     def update(self, count: int = 1, **figures: object) -> None:
         """Count `count` more units; `figures` are shown beside the bar, e.g. `loss=0.12`."""
         self.done += count
+        self.tell()
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             fields: dict[str, Any] = {"figures": escape(shown)} if figures else {}
@@ -90,6 +118,14 @@ class ProgressLine:
         elif not self._silent and time.monotonic() - self._shown >= PLAIN_LINE_SECONDS:
             self._shown = time.monotonic()
             say(self._line(shown))
+
+    def tell(self) -> None:
+        """Tell who listens."""
+        callback = _listener.get()
+        if callback is not None:
+            rate = self.done / max(time.monotonic() - self._start, 1e-9)
+            left = (self.total - self.done) / rate if self.total and self.done else None
+            callback(Step(self.label, self.done, self.total, self.unit, left))
 
     def _line(self, figures: str) -> str:
         seconds = time.monotonic() - self._start
@@ -113,6 +149,7 @@ def progress(total: int | None, label: str, unit: str = "items") -> Iterator[Pro
         unit: what is counted, in the plural.
     """
     line = ProgressLine(total, label, unit)
+    line.tell()
     if line._bar is None:
         yield line
     else:

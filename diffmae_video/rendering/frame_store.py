@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -30,22 +31,28 @@ class FrameStore(Sequence[np.ndarray]):
         self.side = side
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
         self.ends = [0]
+        self.lock = threading.Lock()
+        self.shape = (0, 0)
+        """Height and width of what is kept."""
 
     def add(self, rgb: np.ndarray) -> None:
         """Keep a frame uint8 (H, W, 3)."""
         small = shrunk(rgb, self.side)
         done, data = cv2.imencode(".jpg", small[..., ::-1], HOW)
         assert done
-        self.file.seek(self.ends[-1])
-        self.file.write(data.tobytes())
-        self.ends.append(self.ends[-1] + len(data))
+        self.shape = (small.shape[0], small.shape[1])
+        with self.lock:
+            self.file.seek(self.ends[-1])
+            self.file.write(data.tobytes())
+            self.ends.append(self.ends[-1] + len(data))
 
     def jpeg(self, number: int) -> bytes:
         """A frame as it is kept."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        self.file.seek(self.ends[number])
-        return self.file.read(self.ends[number + 1] - self.ends[number])
+        with self.lock:  # a page asks from many threads
+            self.file.seek(self.ends[number])
+            return self.file.read(self.ends[number + 1] - self.ends[number])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
