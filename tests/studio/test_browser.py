@@ -157,6 +157,7 @@ def test_something_is_removed_by_hand(address: str, browser: Any, tmp_path: Path
     if os.environ.get("STUDIO_SCREENSHOT"):
         browser.set_window_size(900, 1750)
         go(6)
+        browser.execute_script("const d = document.getElementById('divider'); d.value = 37; d.oninput();")
         browser.execute_script("window.scrollTo(0, 0)")
         browser.save_screenshot(os.environ["STUDIO_SCREENSHOT"])
 
