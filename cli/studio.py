@@ -10,20 +10,16 @@ import typer
 from diffmae_video.cli.options import job_of, shares
 
 
-@shares("checkpoint", "recipe", "overrides", "seed", "device")
+@shares("checkpoint", "recipe", "overrides", "seed", "device", "dry_run")
 def studio(
     clip: Annotated[
         Path | None, typer.Argument(metavar="CLIP", help="Clip to begin with; one may also open it in the page.")
     ] = None,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, envvar="DIFFMAE_PORT", help="Port; 0: a free one.")
-    ] = 7860,
-    folder: Annotated[
-        Path, typer.Option("--folder", envvar="DIFFMAE_FOLDER", help="Where masks and opened clips are kept.")
-    ] = Path("studio"),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0: a free one.")] = 7860,
+    folder: Annotated[Path, typer.Option("--folder", help="Where masks and opened clips are kept.")] = Path("studio"),
     megabytes: Annotated[
         int,
-        typer.Option("--max-upload", min=1, metavar="MB", envvar="DIFFMAE_MAX_UPLOAD", help="Largest clip to open."),
+        typer.Option("--max-upload", min=1, metavar="MB", help="Largest clip to open."),
     ] = 2000,
     **options: Any,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from pathlib import Path
 
 from diffmae_video.errors import UsageError
@@ -11,7 +12,7 @@ from diffmae_video.pipelines.job import Job
 
 
 def studio(job: Job, clip: Path | None, *, port: int, folder: Path, megabytes: int) -> None:
-    """Open the page and serve it until Ctrl-C.
+    """Open the page and serve it until Ctrl-C; a dry run says what it would do.
 
     Args:
         job: what renders take: checkpoint, recipe, device, seed.
@@ -29,8 +30,16 @@ def studio(job: Job, clip: Path | None, *, port: int, folder: Path, megabytes: i
     from diffmae_video.studio.quiet import silence_gradio
 
     silence_gradio()
+    from diffmae_video.studio.session import Session, job_words
+
+    if job.dry_run:
+        begins = "no clip" if clip is None else str(clip)
+        say(
+            f"Port {port} of this machine only; begins with {begins}; takes up to {megabytes} MB and keeps it in "
+            f"{folder}. Run does: {shlex.join(['diffmae', 'render-inpaint', 'CLIP', *job_words(job)])}"
+        )
+        return
     from diffmae_video.studio.server import serve
-    from diffmae_video.studio.session import Session
 
     session = Session(job, folder)
     if clip is not None:

@@ -224,6 +224,20 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--dry-run": "--dry-run",
         },
     ),
+    "studio": (
+        "studio one/clip.mp4 --dry-run",
+        {
+            "--port": "--port 7861",
+            "--folder": "--folder other",
+            "--max-upload": "--max-upload 5",
+            "--checkpoint": "--checkpoint runs/pretrain-001",
+            "--recipe": "--recipe demo",
+            "--set": "--set render.feather=0",
+            "--seed": "--seed 7",
+            "--device": "--device mps",
+            "--dry-run": ("studio names.txt", "studio names.txt --dry-run"),
+        },
+    ),
     "import": (
         "import mae theirs.pth --out new",
         {
