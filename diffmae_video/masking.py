@@ -1,7 +1,6 @@
 """Masks over the token grid: which patches the encoder sees and which the decoder predicts.
 
-Letters: B batch, T H W frames and pixels, t p tubelet and patch, N tokens of the grid (T/t, H/p, W/p), V visible,
-M masked. Token order is time-major, then row, then column.
+Token order is time-major, then row, then column.
 """
 
 from __future__ import annotations

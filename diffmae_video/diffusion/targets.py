@@ -1,6 +1,4 @@
 """What the decoder is asked for, and how x_0 follows from its answer.
-
-Letters: B batch, K predicted patches, P values of a patch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Classification metrics with the uncertainty that a finite test set leaves in them.
 
-Letters: n videos, K classes, R bootstrap resamples.
+n videos, K classes, R bootstrap resamples.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Probes of frozen features: linear (convex, full batch), attentive (a trained query) and k nearest neighbours.
 
-Letters: n videos, D feature width, K classes, N tokens.
+n videos, K classes.
 """
 
 from __future__ import annotations

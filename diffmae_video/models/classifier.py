@@ -1,6 +1,6 @@
 """A head on the encoder of pre-training: the same module, no second definition of the network.
 
-Letters: B batch, C channels, T H W frames and pixels, N tokens, D width, K classes.
+K counts classes here.
 """
 
 from __future__ import annotations

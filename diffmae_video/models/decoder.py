@@ -1,7 +1,4 @@
 """Decoders of the paper's Figure 3: joint, cross-self and cross attention between masked and visible tokens.
-
-Letters: B batch, M masked tokens, V visible tokens, N tokens of the grid, D encoder width, E decoder width,
-P = t * p * p * C values of a patch.
 """
 
 from __future__ import annotations

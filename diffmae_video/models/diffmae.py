@@ -1,7 +1,4 @@
 """DiffMAE (arXiv 2304.03283): a masked autoencoder whose decoder denoises the masked patches.
-
-Letters: B batch, C channels, T H W frames and pixels, t p tubelet and patch, N tokens, V visible, M masked (K of them
-predicted in a training step), D encoder width, E decoder width, P = t * p * p * C values of a patch.
 """
 
 from __future__ import annotations

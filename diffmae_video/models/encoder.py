@@ -1,7 +1,4 @@
 """The encoder: a plain ViT over visible space-time patches, the same for images, clips, pre-training and recognition.
-
-Letters: B batch, C channels, T H W frames and pixels, t p tubelet and patch, N tokens, V visible tokens, D width,
-P = t * p * p * C values of a patch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The paper's teacher, layer and loss are not public; our choice: last-layer patch tokens, layer-normalised, and squared
 error.
-Letters: B batch, C channels, T H W frames and pixels, t tubelet, N tokens, K predicted tokens, F teacher width.
+F is the width of the teacher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
 """Parts of every Transformer here: attention, blocks, positions, the timestep's embedding.
-
-Letters: B batch, L query tokens, K context tokens, N tokens of a grid, D width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
 """What a training step hides, and whether it denoises.
-
-Letters: B batch, N tokens, V visible, P values of a patch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rotary positions in space and time: attention reads how far apart two tokens are, on any grid, without tuning.
 
-Letters: B batch, L tokens, K context tokens, N tokens of the grid, D width, d width of a head.
+d is the width of a head.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
 """What surrounds a sampler: the seeds of its noise, and predictions of masked patches pasted into their clips.
-
-Letters: B batch, B' = B * samples, C channels, T H W frames and pixels, t p tubelet and patch, N tokens, M masked,
-P = t * p * p * C values of a patch.
 """
 
 from __future__ import annotations

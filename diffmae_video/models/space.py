@@ -1,6 +1,6 @@
 """Where patches are noised and predicted: their pixels, or principal components of the training set's patches.
 
-Letters: B batch, K predicted patches, P = t * p * p * C values of a patch, n of them noised.
+n of the P values of a patch are noised.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Frozen networks whose token features a second decoder predicts.
 
-Letters: B batch, C channels, H W pixels, F teacher width.
+F is the width of the teacher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention in bf16 on a CPU, by plain matrix products over blocks.
 
-Letters: B batch, H heads, L query tokens, K context tokens, d width of a head.
+H heads, d width of a head.
 """
 
 from __future__ import annotations
