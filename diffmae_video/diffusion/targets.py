@@ -1,5 +1,4 @@
-"""What the decoder is asked for, and how x_0 follows from its answer.
-"""
+"""What the decoder is asked for, and how x_0 follows from its answer."""
 
 from __future__ import annotations
 

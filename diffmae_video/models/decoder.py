@@ -1,5 +1,4 @@
-"""Decoders of the paper's Figure 3: joint, cross-self and cross attention between masked and visible tokens.
-"""
+"""Decoders of the paper's Figure 3: joint, cross-self and cross attention between masked and visible tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""DiffMAE (arXiv 2304.03283): a masked autoencoder whose decoder denoises the masked patches.
-"""
+"""DiffMAE (arXiv 2304.03283): a masked autoencoder whose decoder denoises the masked patches."""
 
 from __future__ import annotations
 

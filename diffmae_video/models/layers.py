@@ -1,5 +1,4 @@
-"""Parts of every Transformer here: attention, blocks, positions, the timestep's embedding.
-"""
+"""Parts of every Transformer here: attention, blocks, positions, the timestep's embedding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a training step hides, and whether it denoises.
-"""
+"""What a training step hides, and whether it denoises."""
 
 from __future__ import annotations
 

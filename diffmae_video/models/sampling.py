@@ -1,5 +1,4 @@
-"""What surrounds a sampler: the seeds of its noise, and predictions of masked patches pasted into their clips.
-"""
+"""What surrounds a sampler: the seeds of its noise, and predictions of masked patches pasted into their clips."""
 
 from __future__ import annotations
 
