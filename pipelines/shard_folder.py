@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from diffmae_video.data.manifest import MANIFEST, TABLE
-from diffmae_video.data.remote import filesystem, is_remote, join, read_file
+from diffmae_video.data.remote import is_remote, join, list_files, read_file, remove
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines.shard_job import PARTS, is_there, parts_of
 
@@ -63,9 +63,7 @@ def hold(out: str) -> Iterator[None]:
 def forget(out: str) -> None:
     """Remove what only an unfinished run needs."""
     if is_remote(out):
-        files, inner = filesystem(parts_of(out))
-        with contextlib.suppress(FileNotFoundError):
-            files.rm(inner, recursive=True)
+        remove(parts_of(out), recursive=True)
     else:
         shutil.rmtree(parts_of(out), ignore_errors=True)
 
@@ -73,8 +71,7 @@ def forget(out: str) -> None:
 def compare(out: str, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """Look at what `out` holds: None to go on, the manifest's body when everything is done already."""
     if is_remote(out):
-        files, inner = filesystem(out)
-        names = {path.rstrip("/").rpartition("/")[2] for path in files.find(inner)} if files.exists(inner) else set()
+        names = {path.rpartition("/")[2] for path in list_files(out)}
     else:
         names = set(os.listdir(out)) if os.path.isdir(out) else set()
     before, body = None, None
@@ -130,10 +127,9 @@ def _is_ours(name: str) -> bool:
 def _clear(out: str) -> None:
     """Remove what a former run left, and nothing else."""
     if is_remote(out):
-        files, inner = filesystem(out)
-        for path in files.find(inner):
+        for path in list_files(out):
             if _is_ours(path.rpartition("/")[2]) or f"/{PARTS}/" in path:
-                files.rm_file(path)
+                remove(path)
         return
     for path in Path(out).iterdir():
         if _is_ours(path.name):

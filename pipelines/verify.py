@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.media import MEDIA_SUFFIXES
-from diffmae_video.data.remote import filesystem, is_remote, join
+from diffmae_video.data.remote import is_remote, join, list_files
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions
 from diffmae_video.data.workers import Worker
@@ -74,8 +74,7 @@ def _check_files(manifest: Manifest, reader: ShardReader, problems: list[str]) -
     whole: dict[int, bool | None] = {}
     known = {info.name for info in manifest.shards}
     if is_remote(manifest.root):
-        files, inner = filesystem(manifest.root)
-        present = {found.rpartition("/")[2] for found in files.find(inner)}
+        present = {found.rpartition("/")[2] for found in list_files(manifest.root)}
     else:
         present = set(os.listdir(manifest.root))
     problems += [f"{name}: not in the manifest" for name in sorted(present - known) if name.endswith(".tar")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -89,6 +90,35 @@ def read_file(path: str) -> bytes:
         return data
 
     return retry(read, f"Reading {path}")
+
+
+def list_files(url: str) -> list[str]:
+    """URLs of all files below a remote folder; none where there is no such folder.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    files, inner = filesystem(url)
+
+    def find() -> list[str]:
+        files.invalidate_cache()
+        return [files.unstrip_protocol(path) for path in files.find(inner)]
+
+    try:
+        return retry(find, f"Listing {url}")
+    except FileNotFoundError:
+        return []
+
+
+def remove(path: str, recursive: bool = False) -> None:
+    """Remove a remote file, or a folder with all below it; nothing happens where there is none.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    files, inner = filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        retry(lambda: files.rm(inner, recursive=recursive), f"Removing {path}")
 
 
 def write_file(path: str, data: bytes) -> None:

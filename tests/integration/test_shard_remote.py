@@ -16,7 +16,7 @@ from diffmae_video.data.cache import ShardCache
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.stream import build_stream
-from diffmae_video.errors import DataError
+from diffmae_video.errors import DataError, StorageError
 from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.pipelines.verify import verify
 
@@ -136,3 +136,35 @@ def test_cache_is_bounded_and_survives_damage(tmp_path: Path, monkeypatch: pytes
         assert reader.read("val", 0).data
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert not verify("memory://shards").problems
+
+
+def test_listing_outlives_an_outage_and_says_when_the_store_stays_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    source, out = make_folders(tmp_path / "source"), "memory://outage/shards"
+    shard(ShardJob(source, out, samples_per_shard=3, workers=1))
+    store = type(fsspec.filesystem("memory"))
+    real, failures = store.find, [0]
+
+    def find(self: Any, *arguments: Any, **options: Any) -> Any:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError("503 Slow Down")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(store, "find", find)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    failures[0] = 3
+    assert not verify(out).problems
+    failures[0] = 3
+    assert shard(ShardJob(source, out, samples_per_shard=3, workers=1)).unchanged
+    failures[0] = 99
+    with pytest.raises(StorageError, match="Listing memory://outage/shards failed 4 times"):
+        shard(ShardJob(source, out, samples_per_shard=3, workers=1))
+    failures[0] = 0
+    again = shard(ShardJob(source, out, samples_per_shard=2, workers=1, overwrite=True))  # what was there is removed
+    assert not again.unchanged
+    assert not verify(out).problems
