@@ -1,4 +1,4 @@
-"""The encoder: a plain ViT over visible space-time patches, the same for images, clips, pre-training and recognition."""
+"""The encoder: a plain ViT over visible space-time patches, for images and clips, pre-training and recognition."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from diffmae_video.errors import DataError, DiffmaeError
+from diffmae_video.data.remote import retry
+from diffmae_video.errors import DataError, DiffmaeError, StorageError
 from diffmae_video.files import sha256_of, sync_path, write_atomic
 from diffmae_video.training.distributed import Distributed
 
@@ -277,26 +279,37 @@ def copy_to_mirror(path: Path, mirror: str) -> None:
     filesystem.makedirs(root, exist_ok=True)
     names = sorted((file.name for file in path.iterdir()), key=lambda name: name == "state.json")
     for name in names:
-        filesystem.put_file(str(path / name), f"{root}/{name}")
+        retry(
+            partial(filesystem.put_file, str(path / name), f"{root}/{name}"), f"Uploading {mirror}/{path.name}/{name}"
+        )
 
 
 def fetch_from_mirror(mirror: str, folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Bring the newest whole checkpoint of a mirror into `folder`; None where there is none."""
+    """Bring the newest whole checkpoint of a mirror into `folder`; None where there is none.
+
+    Raises:
+        StorageError: the store does not answer: that says nothing of the checkpoints, so no older one is taken.
+    """
     import fsspec
 
     filesystem, root = fsspec.core.url_to_fs(mirror.rstrip("/"))
-    if not filesystem.exists(root):
+    if not retry(lambda: filesystem.exists(root), f"Looking at {mirror}"):
         return None
-    names = [entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(root, detail=False)]
+    entries = retry(lambda: filesystem.ls(root, detail=False), f"Listing {mirror}")
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in entries]
     for name in sorted((name for name in names if _NAME.fullmatch(name)), key=lambda name: int(name[5:]), reverse=True):
         temporary = folder / f".tmp-{name}"
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            for entry in filesystem.ls(f"{root}/{name}", detail=False):
-                filesystem.get_file(entry, str(temporary / entry.rpartition("/")[2]))
+            for entry in retry(partial(filesystem.ls, f"{root}/{name}", detail=False), f"Listing {mirror}/{name}"):
+                file = entry.rpartition("/")[2]
+                retry(partial(filesystem.get_file, entry, str(temporary / file)), f"Downloading {mirror}/{name}/{file}")
             read_checkpoint(temporary)
             os.rename(temporary, folder / name)
             return read_checkpoint(folder / name)
+        except StorageError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (DataError, OSError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             warn(f"Skipping {mirror}/{name}: {error}")

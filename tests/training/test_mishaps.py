@@ -8,15 +8,17 @@ import shutil
 import signal
 import sys
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
 
+from diffmae_video.data import remote
 from diffmae_video.data.manifest import Manifest
-from diffmae_video.errors import DataError, DiffmaeError, UsageError
+from diffmae_video.errors import DataError, DiffmaeError, StorageError, UsageError
 from diffmae_video.training import checkpoint, pretraining
 from diffmae_video.training import run as run_files
-from diffmae_video.training.checkpoint import list_checkpoints
+from diffmae_video.training.checkpoint import fetch_from_mirror, list_checkpoints
 from diffmae_video.training.signals import Interruption
 
 
@@ -231,3 +233,21 @@ def test_nothing_is_unpickled(runs, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "run" / "weights.safetensors")
     average = runs.final(tmp_path / "run", 2)
     assert all(weights[name.removeprefix("ema.")].equal(average[name]) for name in average if name.startswith("ema."))
+
+
+def test_a_mirror_that_does_not_answer_is_no_verdict_on_its_checkpoints(tmp_path, monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/away/step-00000010/state.json", b"not a state")
+    warned: list[str] = []
+    assert fetch_from_mirror("memory://away", tmp_path / "one", warned.append) is None
+    assert "step-00000010" in warned[0]
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("503 Slow Down")
+
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(type(store), "get_file", failing)
+    with pytest.raises(StorageError, match="step-00000010/state.json failed 4 times"):
+        fetch_from_mirror("memory://away", tmp_path / "two", warned.append)
+    assert not list((tmp_path / "two").iterdir())
+    assert len(warned) == 1
