@@ -247,7 +247,7 @@ def test_a_mirror_that_does_not_answer_is_no_verdict_on_its_checkpoints(tmp_path
 
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(type(store), "get_file", failing)
-    with pytest.raises(StorageError, match="step-00000010/state.json failed 4 times"):
+    with pytest.raises(StorageError, match=r"step-00000010/state.json failed 4 times"):
         fetch_from_mirror("memory://away", tmp_path / "two", warned.append)
     assert not list((tmp_path / "two").iterdir())
     assert len(warned) == 1
