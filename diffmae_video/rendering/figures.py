@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # not pyplot: no global state, no display
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 Points = tuple[np.ndarray, np.ndarray]
@@ -32,13 +33,17 @@ def curves_svg(curves: Mapping[str, Points], *, x_label: str = "", log_y: bool =
     options = {"svg.fonttype": "none", "svg.hashsalt": "curves", "path.simplify": False}
     options |= {f"{part}color": "#8b8d98" for part in ("axes.edge", "xtick.", "ytick.", "grid.")}
     with matplotlib.rc_context(cast(Any, options)):
-        figure, axes = _figure(9.0, 3.4)
+        figure, axes = _figure(9.0, 3.4, layout=None)  # a layout engine draws everything twice
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.96, bottom=0.16)
         for index, (x, y) in enumerate(curves.values()):
             # a single point is a line without length whose round ends make a dot: markers are links inside the SVG
             x, y, width = (np.repeat(x, 2), np.repeat(y, 2), 7.0) if len(x) == 1 else (x, y, 1.6)
             (line,) = axes.plot(x, y, color=COLOURS[index % len(COLOURS)], linewidth=width, gid=f"curve-{index}")
             line.set(solid_capstyle="round", clip_on=False)
         axes.set_yscale("log" if log_y else "linear")
+        if log_y:  # plain numbers: powers of ten as formulas take most of the drawing
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
         axes.set_xlabel(x_label.encode("utf-8", "replace").decode(), parse_math=False)  # names may be no UTF-8
         axes.grid(axis="y", clip_on=False)
         axes.tick_params(which="both", left=False, bottom=False)
@@ -122,8 +127,10 @@ def sweep_figure(
     return _png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 

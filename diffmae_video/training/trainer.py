@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ class Trainer:
     def __init__(self, task: Task, settings: Settings, here: Run, distributed: Distributed) -> None:
         self.task, self.settings, self.train, self.directory = task, settings, settings.train, here.directory
         self.distributed, self.device = distributed, distributed.device
+        self.next_report = 0.0  # of the monotonic clock
         self.say, self.report, self.flops_per_clip = here.say, here.report, here.flops_per_clip
         self.wanted = here.identity
         state.seed_random(settings.seed, distributed.rank)
@@ -172,16 +174,23 @@ class Trainer:
         improved = due["validate"] and self._validate()
         if due["save"] or improved:
             self.save()
-        if self.report and self.distributed.main and (due["pictures"] or due["validate"] or due["save"]):
-            with self.meter.other():
-                self.report(self.directory)
+        if due["pictures"] or due["validate"] or due["save"]:
+            self._report(now=stop)
 
     def finish(self) -> None:
         """Wait until everything is on disk and mark the run as finished."""
         self.files.wait()
         self.mark("finished")
-        if self.report and self.distributed.main:
+        self._report(now=True)
+
+    def _report(self, now: bool) -> None:
+        """Write the page about the run; unless it has to be `now`, reports take at most 2% of the time."""
+        if self.report is None or not self.distributed.main or not (now or time.monotonic() >= self.next_report):
+            return
+        begun = time.monotonic()
+        with self.meter.other():
             self.report(self.directory)
+        self.next_report = time.monotonic() + 50 * (time.monotonic() - begun)
 
     def _due(self, stop: bool) -> dict[str, bool]:
         train, step, end = self.train, self.step, self.step == self.total
