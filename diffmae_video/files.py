@@ -73,8 +73,10 @@ def cache_folder() -> Path:
 
 
 def sync_path(path: Path | str) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, would survive a power cut; Windows has no such call for folders."""
+    if os.name == "nt" and os.path.isdir(path):
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there, only writers may wait
     try:
         os.fsync(handle)
     finally:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.pretrain import pretrain
 from diffmae_video.pipelines.render_inpaint import render
 from diffmae_video.pipelines.shard import ShardJob, shard
+from diffmae_video.training.hardware import peak_resident
 
 _MODELS = {"pretrained": "pretrain", "scratch": "scratch"}  # fine-tuned model -> where its weights start
 
@@ -268,7 +267,6 @@ def _removal(job: Job) -> dict[str, Any]:
 
 
 def _conclude(out: Path, results: Results) -> DemoResult:
-    unit = 1 if sys.platform == "darwin" else 1024
     render = out / results["render"]["renders"][0]["folder"]
     files = {
         "report": out / "report.html",
@@ -283,7 +281,7 @@ def _conclude(out: Path, results: Results) -> DemoResult:
         1 / 8,
         results["inpainting"]["psnr"],
         {name: facts["seconds"] for name, facts in results.items()},
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        round(peak_resident() * 2**30),
         files,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -185,7 +185,7 @@ def _write(path: Path, store: Any, name: str, manifest: Manifest, split: str, fi
         "failed": {table.key(index): reason for index, reason in sorted(failed.items())},
     }
     needed = 2 * int(np.prod(shape)) * dtype.itemsize + 16 * len(samples)  # rows come in any order: once to sort them
-    free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise DiffmaeError(f"{path} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; make room.")
     with replacing(path) as temporary, tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy") as scratch:

@@ -127,9 +127,7 @@ def sweep_figure(
     return _png(figure)
 
 
-def _figure(
-    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -197,6 +198,16 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def peak_resident() -> float:
+    """GiB: the most memory that this process has held since it started."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30  # type: ignore[attr-defined]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
