@@ -3,7 +3,7 @@
     python benchmarks/removal_fitted.py DATA [--fit 2000steps] [--clip NAME ...] [--recipe NAME] [--name fitted]
 
 A seeded box of about a sixteenth of the frame stands still over each clip of CLIPS, whose camera hardly moves: the
-place is hidden in all frames, and the truth is known. Each clip goes through `render-inpaint --fit` as a user would give
+place is hidden in all frames, and the truth is known. Each clip goes through `render-inpaint --fit` as a user gives
 it (FFV1, at most 40 frames, 320 pixels on the longer side): `fitted` asks the model alone, `propagation + fitted` takes
 what other frames show first. Beside them Telea, and the smooth continuation of the surroundings (Laplace's equation).
 PSNR pools the hidden pixels, SSIM is the mean of the map over them, the feature distance that of whole frames

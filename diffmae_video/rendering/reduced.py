@@ -10,8 +10,9 @@ import numpy as np
 
 from diffmae_video.rendering.windows import Window, place_windows, shrink
 
-PIXELS = 2**26
-"""Pixels that are held of a reduced clip, at most; of longer clips stretches of frames are taken, evenly spread."""
+PIXELS = 2**25
+"""Pixels that are held of a reduced clip, at most: of larger frames what lies around the hole, of longer clips
+stretches of frames, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +105,35 @@ def reduce_clip(
     kept: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     starts: list[int] = []
-    size, stretches = (0, 0), list[range]()
+    area, size, stretches = (slice(0), slice(0)), (0, 0), list[range]()
     for number, rgb in enumerate(pictures):
         if not stretches:
-            size = tuple(max(n, round(s * m)) for n, m, s in zip(shape[1:], rgb.shape[:2], scale, strict=True))
+            area = _around(window, rgb.shape[:2], (PIXELS / (2 * span * scale[0] * scale[1])) ** 0.5)
+            rows, columns = (part.stop - part.start for part in area)
+            size = max(shape[1], round(rows * scale[0])), max(shape[2], round(columns * scale[1]))
             stretches = _stretches(count, span, PIXELS // (size[0] * size[1]))
         inside = next((part for part in stretches if number in part), None)
         if inside is None:
             continue
         if number + span <= inside.stop or not starts:  # a clip that is shorter than a window repeats its last frame
             starts.append(len(kept))
-        mask = hidden(number)
-        kept.append(shrink(rgb, mask, size))
+        mask = hidden(number)[area]
+        kept.append(shrink(rgb[area], mask, size))
         masks.append(touched(mask, size))
     holes = [_hole(asked, look, count, shape, stride) for look in looks]
     found = np.stack([hole for hole in holes if hole.any()])
     return ReducedClip(np.stack(kept), np.stack(masks), np.array(starts, dtype=np.int64), found)
+
+
+def _around(window: Window, frame: tuple[int, ...], most: float) -> tuple[slice, slice]:
+    """Rows and columns around the middle of a window, at most `most` of each, and no fewer than the window's."""
+    places = ((window.top, window.height), (window.left, window.width))
+    sides = [min(length, max(side, int(most))) for (_, side), length in zip(places, frame, strict=True)]
+    starts = [
+        min(max(first + (side - new) // 2, 0), length - new)
+        for (first, side), new, length in zip(places, sides, frame, strict=True)
+    ]
+    return slice(starts[0], starts[0] + sides[0]), slice(starts[1], starts[1] + sides[1])
 
 
 def _hole(

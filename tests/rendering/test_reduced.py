@@ -45,6 +45,15 @@ def test_of_a_long_clip_stretches_are_held(monkeypatch: pytest.MonkeyPatch) -> N
     assert held.starts.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12]
 
 
+def test_of_large_frames_what_lies_around_the_hole_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduced, "PIXELS", 2 * 4 * 24 * 24)
+    looks = plan_looks(hole, 4, 4, (24, 24))
+    held = reduce_clip(clip(4), hole, hole, looks, 4, (4, 24, 24))
+    window = looks[0].window
+    assert held.frames.shape == (4, 24, 24, 3)
+    assert held.hidden[0].sum() == window.of(HOLE).sum() == HOLE.sum()
+
+
 def test_a_clip_shorter_than_a_window() -> None:
     looks = plan_looks(hole, 2, 4, (16, 16))
     held = reduce_clip(clip(2), hole, hole, looks, 2, (4, 16, 16))
