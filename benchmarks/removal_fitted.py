@@ -1,6 +1,6 @@
 """A model of the clip itself, measured: what nothing else can show, filled by how.
 
-    python benchmarks/removal_fitted.py DATA [--fit 2000steps] [--clip NAME ...] [--recipe NAME] [--name fitted]
+    python benchmarks/removal_fitted.py DATA [--fit 2000steps] [--alone] [--clip NAME ...] [--recipe NAME]
 
 A seeded box of about a sixteenth of the frame stands still over each clip of CLIPS, whose camera hardly moves: the
 place is hidden in all frames, and the truth is known. Each clip goes through `render-inpaint --fit` as a user gives
@@ -45,6 +45,8 @@ CLIPS = (
     *("tennis7/b_slice/b_slice34.mp4", "tennis7/forehand/forehand25.mp4", "tennis7/smash/smash30.mp4"),
 )
 FRAMES, LONG_SIDE = 40, 320
+WAYS = (("fitted", "off"), ("propagation + fitted", "auto"))
+"""Methods, and `render.propagate` of each."""
 
 
 def box(height: int, width: int, seed: int, share: float = 0.06) -> tuple[int, int, int, int]:
@@ -77,7 +79,7 @@ def fitted(clip: np.ndarray, place: tuple[int, ...], options: argparse.Namespace
         for number, frame in enumerate(clip):
             writer.write(frame, number)
         writer.close()
-        for name, propagate in (("fitted", "off"), ("propagation + fitted", "auto")):
+        for name, propagate in WAYS[: 1 if options.alone else None]:
             begun = time.perf_counter()
             overrides = (f"render.fit_recipe={options.recipe}", f"render.fit={options.fit}")
             job = Job(out=Path(folder) / propagate, overrides=overrides, device="cpu")
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--fit", default="2000steps")
     parser.add_argument("--recipe", default="fit-clip")
     parser.add_argument("--clip", nargs="+", default=CLIPS)
+    parser.add_argument("--alone", action="store_true", help="without propagation")
     parser.add_argument("--cache", type=Path, default=Path(".cache/removal-fitted"))
     parser.add_argument("--name", default="fitted")
     options = parser.parse_args()
