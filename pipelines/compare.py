@@ -35,6 +35,8 @@ class CompareResult:
     test: PairedTest
     classes: tuple[ClassDifference, ...]  # largest absolute difference first
     out: Path | None
+    seed: int = 0
+    """Of the bootstrap."""
 
 
 def compare_evaluations(
@@ -83,6 +85,7 @@ def compare_evaluations(
         test,
         tuple(differences),
         out,
+        seed,
     )
     if out is not None:
         _write(result, a, b, out)

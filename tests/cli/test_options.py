@@ -24,6 +24,7 @@ import pytest
 import torch
 import typer
 from click.testing import CliRunner
+from PIL import Image
 
 from diffmae_video.cli.app import app, run, variable_of
 from diffmae_video.data.manifest import ShardInfo, write_manifest
@@ -71,7 +72,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--workers": "--workers 2",
             "--dask": "--dask tcp://127.0.0.1:9 --workers 1",
             "--timeout": ("shard one new --workers 1", "shard one new --workers 1 --timeout 0.1"),
-            "--memory": ("shard one new --workers 1", "shard one new --workers 1 --memory 0.5"),
+            "--memory": ("shard big new --image --workers 1", "shard big new --image --workers 1 --memory 0.5"),
             "--limit": "--limit frames=2",
             "--overwrite": ("shard clips shards --workers 1", "shard clips shards --workers 1 --overwrite"),
             "--dry-run": "--dry-run",
@@ -162,7 +163,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
         "predict one/clip.mp4 --device cpu",
         {
             "--task": "--task k400",
-            "--views": "--views 3x3",
+            "--views": ("predict one/clip.mp4 --json", "predict one/clip.mp4 --json --views 3x3"),
             "--top": "--top 2",
             "--json": "--json",
             "--checkpoint": "--checkpoint runs/pretrain-001",
@@ -176,7 +177,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--views": "--views 9x9",
             "--common": ("compare runs/eval-001 runs/eval-003", "compare runs/eval-001 runs/eval-003 --common"),
             "--out": "--out new",
-            "--seed": "--seed 7",
+            "--seed": (
+                "compare runs/eval-001 runs/eval-004 --out new",
+                "compare runs/eval-001 runs/eval-004 --out new --seed 7",
+            ),
         },
     ),
     "loss-sweep": (
@@ -210,6 +214,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--stride": "--stride 2",
             "--window": "--window whole",
             "--propagate": "--propagate only",
+            "--fit": "--fit 2steps",
             "--fps": ("render-inpaint frames", "render-inpaint frames --fps 12"),
             "--checkpoint": "--checkpoint runs/pretrain-001",
             "--recipe": "--recipe demo",
@@ -365,6 +370,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         do("shard clips shards --copy --workers 1")
         Path("one").mkdir()
         Path("flat").mkdir()
+        Path("big").mkdir()
+        Image.new("RGBA", (8192, 4600), (9, 9, 9, 255)).save("big/a.png", compress_level=1)
         clips = sorted(Path("clips/train").glob("*.mp4"))
         shutil.copy(clips[0], "one/clip.mp4")
         for clip in Path("clips").rglob("*.mp4"):
