@@ -51,6 +51,8 @@ from diffmae_video.evaluation.inpainting import (
     temporal_median,
 )
 from diffmae_video.files import write_atomic
+from diffmae_video.rendering.fillers import Classical, Propagation
+from diffmae_video.rendering.frames import Frame
 from diffmae_video.rendering.motion import View, neighbour_motion
 from diffmae_video.rendering.propagate import Propagator
 
@@ -79,11 +81,12 @@ Result = tuple[np.ndarray, np.ndarray | None]
 
 
 def propagated(clip: np.ndarray, hidden: np.ndarray) -> Result:
-    """What other frames show, and Telea's inpainting for the rest."""
-    result, seen = clip.copy(), np.zeros_like(hidden)
-    for number, rgb, shown, _ in Propagator().stream(zip(range(len(clip)), clip, hidden, strict=True)):
-        result[number], seen[number] = rgb, shown
-    return telea(result, hidden & ~seen), seen
+    """What other frames show, and a smooth fill for the rest: `render-inpaint --propagate only`."""
+    given = (Frame(number, rgb, hole) for number, (rgb, hole) in enumerate(zip(clip, hidden, strict=True)))
+    frames = list(Classical().stream(Propagation().stream(given)))
+    return np.stack([frame.result() for frame in frames]), np.stack(
+        [frame.hidden & (frame.seen == 1) for frame in frames]
+    )
 
 
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Result]] = {
@@ -248,6 +251,8 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if truth is None:
                     clip = load(options.data / name, options.frames, options.long_side)
                     hidden = moving_blob(*clip.shape[:3], seed=options.seed + sum(name.encode()))
+                    if options.still:
+                        hidden[:] = hidden[0]
                     if features is None and not options.no_features:
                         features = DeepFeatures()
                     truth = Truth(name, clip, hidden, features)
@@ -287,10 +292,11 @@ def cache_key(options: argparse.Namespace, clip: str, method: str) -> str:
     package = Path(diffmae_video.__file__).parent
     modules = ["evaluation/inpainting.py", "evaluation/image_metrics.py"]
     if method not in BASELINES:
-        modules += [f"rendering/{name}.py" for name in ("propagate", "motion", "candidates", "paste")]
+        modules += [f"rendering/{name}.py" for name in ("propagate", "motion", "candidates", "fillers", "paste")]
     for module in modules:
         digest.update((package / module).read_bytes())
     facts = [clip, method, options.frames, options.long_side, options.seed, options.no_features, CACHE]
+    facts += ["still"] if options.still else []
     digest.update(json.dumps(facts).encode())
     return digest.hexdigest()[:24]
 
@@ -378,6 +384,8 @@ def main() -> None:
         if name == "pictures":
             stage.add_argument("folder", type=Path)
             stage.add_argument("--every", type=int, default=8)
+        else:
+            stage.add_argument("--still", action="store_true", help="the shape stands still: less of it is seen")
         stage.add_argument("--method", nargs="+", choices=METHODS)
         stage.add_argument("--clip", nargs="+", metavar="NAME", help="relative to DATA; without it, all of them")
         stage.add_argument("--frames", type=int, default=40)

@@ -64,7 +64,7 @@ def choose_painter(job: Job, fill: Fill) -> Painter:
         checkpoint, model, loaded = load_inpainter(job)
         return Painter(loaded.settings, checkpoint, model, loaded.weights_sha256)
     if fill.propagate == "auto":
-        say("No model is known here: what no other frame shows is filled by a classical method (Telea).")
+        say("No model is known here: what no other frame shows is filled smoothly from its edge.")
     recipe = None if job.recipe == "auto" else job.recipe
     return Painter(override_settings(load_settings(recipe, "render", job.overrides), (), job.seed))
 

@@ -38,7 +38,7 @@ class RenderResult:
     modelled_share: float = 1.0
     """Of the hidden pixels, those that the model filled."""
     classical_share: float = 0.0
-    """Of the hidden pixels, those that were filled without either: specks, or all that is left without a model."""
+    """Of the hidden pixels, those that were filled smoothly from their edge: specks, and without a model all others."""
     propagated_confidence: float | None = None
     """How far what was taken from other frames is believed, from 0 to 1, mean over its pixels."""
     fit_steps: int | None = None
@@ -75,7 +75,7 @@ def describe_figures(result: RenderResult) -> str:
     parts = [
         (result.propagated_share, "taken from other frames"),
         (result.modelled_share, "painted by the model"),
-        (result.classical_share, "filled by a classical method (Telea)"),
+        (result.classical_share, "filled smoothly from its edge"),
     ]
     text = "Of the hidden region " + ", ".join(f"{share:.1%} {how}" for share, how in parts if share) + "."
     if result.psnr_masked is not None and result.ssim_masked is not None:

@@ -15,10 +15,11 @@ import numpy as np
 
 from diffmae_video.errors import UsageError
 from diffmae_video.rendering.frames import Frame
+from diffmae_video.rendering.paste import Hole, membrane
 from diffmae_video.rendering.propagate import PropagateSettings, Propagator
 
-RADIUS = 3
-"""Pixels around a hidden one that decide on it in a classical fill."""
+ROOM = 16
+"""Pixels around what is filled classically that are looked at."""
 SPECK = 16
 """Pixels of the largest leftover that is filled classically although a model follows: no model sees anything in it."""
 WAIT = 64
@@ -115,7 +116,7 @@ class Propagation:
 
 
 class Classical:
-    """The filler that needs no model: Telea's fast marching (2004), frame by frame (`frames.Filler`).
+    """The filler that needs no model: a smooth surface, frame by frame (`frames.Filler`).
 
     Args:
         largest: pixels of the largest connected leftover that is filled; larger ones are left to the next filler.
@@ -174,27 +175,29 @@ class Classical:
             if not asked.any():
                 return
         picture = frame.result().copy()
-        picture[asked] = telea(np.where(frame.unfilled[..., None], 0, picture), frame.unfilled, asked)
+        picture[asked] = smooth_fill(picture, frame.unfilled, asked)
         frame.filled = [picture]
         frame.unfilled = frame.unfilled & ~asked
         self.pixels += int(asked.sum())
 
 
-def telea(picture: np.ndarray, hidden: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Values uint8 (P, 3) of the P asked pixels, painted from what is not hidden.
+def smooth_fill(picture: np.ndarray, hidden: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Values uint8 (P, 3) of the P asked pixels: the smoothest surface through what surrounds them (`paste.membrane`).
 
-    Only the rectangle around them is painted, with room for what surrounds it.
+    On real clips it is nearer to what is hidden than Telea's fast marching (docs/results.md). Only the rectangle
+    around the asked pixels is filled, with room for what surrounds it.
 
     Args:
-        picture: uint8 (H, W, 3).
+        picture: uint8 (H, W, 3), not read where hidden.
         hidden: bool (H, W), some pixel not hidden.
         asked: bool (H, W), hidden pixels.
     """
     rows, columns = np.nonzero(asked.any(1))[0], np.nonzero(asked.any(0))[0]
-    for room in (4 * RADIUS, max(picture.shape)):  # a rectangle that is hidden whole has nothing to start from
+    for room in (ROOM, max(picture.shape)):  # a rectangle that is hidden whole has nothing to start from
         box = tuple(slice(max(0, int(ends[0]) - room), int(ends[-1]) + 1 + room) for ends in (rows, columns))
         if not hidden[box].all():
             break
-    bgr = np.ascontiguousarray(picture[box][..., ::-1])
-    painted = cv2.inpaint(bgr, hidden[box].astype(np.uint8), RADIUS, cv2.INPAINT_TELEA)
-    return painted[..., ::-1][asked[box]]
+    surface = membrane(picture[box].astype(np.float32), ~hidden[box])
+    filled = picture[box].copy()
+    Hole(hidden[box], feather=0).paste(filled, (surface + 0.5).clip(0, 255).astype(np.uint8))
+    return filled[asked[box]]
