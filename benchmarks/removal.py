@@ -2,6 +2,7 @@
 
     python benchmarks/removal.py table DATA [--method NAME ...] [--clip NAME ...] [--frames 40] [--long-side 320]
     python benchmarks/removal.py cost CLIP [--method NAME ...] [--lines 480] [--frames 150]
+    python benchmarks/removal.py memory [--minutes 1 10] [--lines 240]
     python benchmarks/removal.py pictures DATA FOLDER --clip NAME [--every 8]     # PNG files to look at
 
 DATA is a folder with clips/, jhmdb/, tennis7/ and grid1/ (48 clips in all, CLIPS below and a choice of the others). A
@@ -25,9 +26,11 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,7 @@ from diffmae_video.rendering.fillers import Classical, Propagation
 from diffmae_video.rendering.frames import Frame
 from diffmae_video.rendering.motion import View, neighbour_motion
 from diffmae_video.rendering.propagate import Propagator
+from diffmae_video.rendering.writers import VideoWriter
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = 1
@@ -353,6 +357,51 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     return figures | {"peak_gib": peak, "of_which_before_gib": before}
 
 
+MEASURED = """
+import resource, sys
+from diffmae_video.cli.app import run
+code = run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory of `diffmae render-inpaint` on clips of several lengths, each in a process of its own.
+
+    The view goes to and fro over a texture; a box is removed for ten seconds at the beginning, in the middle and at
+    the end, since to fill every frame of ten minutes takes an hour and holds no more.
+    """
+    rows = []
+    for minutes in options.minutes:
+        count = round(minutes * 60 * options.fps)
+        with tempfile.TemporaryDirectory() as folder:
+            write_long_clip(Path(folder) / "clip.mkv", count, options.lines, options.fps)
+            starts = (0, count // 2, count - 10 * options.fps)
+            spans = [f"box:40%,30%,20%,30%@{start}-{start + 10 * options.fps - 1}" for start in starts]
+            masks = [word for span in spans for word in ("--mask", span)]
+            command = [sys.executable, "-c", MEASURED, "render-inpaint", "clip.mkv", *masks]
+            command += ["--propagate", "only", "--out", "out"]
+            begun = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+            result = json.loads((Path(folder) / "out/result.json").read_text())
+        row = {"minutes": minutes, "frames": count, "lines": options.lines, "seconds": time.perf_counter() - begun}
+        rows.append({**row, "seen": result["propagated_share"], "peak_gib": int(done.stdout.split()[-1]) / 2**20})
+    return rows
+
+
+def write_long_clip(path: Path, count: int, lines: int, fps: int) -> None:
+    """A view that goes to and fro over a texture."""
+    width = lines * 4 // 3
+    noise = np.random.default_rng(0).uniform(0, 255, (lines // 8, width // 4, 3)).astype(np.float32)
+    texture = cv2.resize(noise, (2 * width, lines), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
+    writer = VideoWriter(path, (lines, width), Fraction(1, fps), Fraction(fps))
+    for n in range(count):
+        left = width - abs(n % (2 * width) - width)
+        writer.write(np.ascontiguousarray(texture[:, left : left + width]), n)
+    writer.close()
+
+
 def pictures(options: argparse.Namespace) -> None:
     """Frames beside what each method makes of them, as PNG files."""
     from diffmae_video.rendering.writers import write_png
@@ -400,6 +449,10 @@ def main() -> None:
         stage.add_argument("--method", nargs="+", choices=METHODS)
         stage.add_argument("--lines", type=int, default=480)
         stage.add_argument("--frames", type=int, default=150)
+    stage = stages.add_parser("memory")
+    stage.add_argument("--minutes", type=float, nargs="+", default=[1, 10])
+    stage.add_argument("--lines", type=int, default=240)
+    stage.add_argument("--fps", type=int, default=10)
     options = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -409,7 +462,7 @@ def main() -> None:
     if options.stage == "pictures":
         pictures(options)
         return
-    rows = {"table": table, "cost": cost}[options.stage](options)
+    rows = {"table": table, "cost": cost, "memory": memory}[options.stage](options)
     facts = {"opencv": cv2.__version__, "machine": platform.machine(), "threads": 1}
     given = {key: value for key, value in vars(options).items() if isinstance(value, int | float)}
     RESULTS.mkdir(exist_ok=True)
