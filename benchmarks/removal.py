@@ -13,7 +13,8 @@ frame.
 
 PSNR pools the hidden pixels of a clip, SSIM is the mean of the map over them; the feature distance is that of whole
 frames (EfficientNet-Lite0), the warping error that of pixels hidden in a frame or found hidden in the next, times
-1000. Tables give means over clips. Each command prints one and writes benchmarks/results/removal-NAME.json.
+1000. Tables give means over clips. Each command prints one and writes benchmarks/results/removal-NAME.json (removal.json
+for the table).
 """
 
 from __future__ import annotations
@@ -274,8 +275,11 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
                 write_atomic(kept, buffer.getvalue())
             with np.load(kept, allow_pickle=False) as file:
                 rows.append(json.loads(str(file["row"])))
+                # kept rows may be of code that saw another motion of the camera: a clip stays in one group
+                group = next(row["group"] for row in rows if row["clip"] == name)
+                rows[-1]["group"] = group
                 if "made" in file:
-                    spread.setdefault((rows[-1]["group"], method), []).append((file["true"], file["made"]))
+                    spread.setdefault((group, method), []).append((file["true"], file["made"]))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     means = [row for group in ("all", "moving", "static") for row in _means(rows, group)]
     for row in means:
@@ -466,7 +470,8 @@ def main() -> None:
     facts = {"opencv": cv2.__version__, "machine": platform.machine(), "threads": 1}
     given = {key: value for key, value in vars(options).items() if isinstance(value, int | float)}
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"removal-{getattr(options, 'name', options.stage)}.json"
+    name = getattr(options, "name", options.stage)
+    file = RESULTS / ("removal.json" if name == "table" else f"removal-{name}.json")
     file.write_text(json.dumps({"options": given, **facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     show([row for row in rows if "clip" not in row or row["clip"].startswith("mean")])
 
