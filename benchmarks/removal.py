@@ -13,8 +13,8 @@ frame.
 
 PSNR pools the hidden pixels of a clip, SSIM is the mean of the map over them; the feature distance is that of whole
 frames (EfficientNet-Lite0), the warping error that of pixels hidden in a frame or found hidden in the next, times
-1000. Tables give means over clips. Each command prints one and writes benchmarks/results/removal-NAME.json (removal.json
-for the table).
+1000. Tables give means over clips. Each command prints one and writes benchmarks/results/removal-NAME.json
+(removal.json for the table).
 """
 
 from __future__ import annotations
