@@ -26,6 +26,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_user_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests see no DIFFMAE_ variable of the person who runs them."""
+    """Tests see no DIFFMAE_ variable of the person who runs them, nor the width of their terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
     for name in [name for name in os.environ if name.startswith("DIFFMAE_") and name != "DIFFMAE_TEST_DATA"]:
         monkeypatch.delenv(name)
