@@ -117,8 +117,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--device": "--device mps",
             "--nproc": "--nproc 3",
             "--resume": (
-                "finetune --task demo --recipe smoke",
-                "finetune --task demo --recipe smoke --resume never",
+                "finetune --task demo --recipe smoke --init runs/pretrain-001",
+                "finetune --task demo --recipe smoke --init runs/pretrain-001 --resume never",
             ),
             "--dry-run": "--dry-run",
             "--device-memory": (
@@ -140,7 +140,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Words]]] = {
             "--seed": "--seed 7",
             "--device": "--device mps",
             "--nproc": "--nproc 2",
-            "--resume": ("eval --task demo", "eval --task demo --resume never"),
+            "--resume": (
+                "eval --task demo --checkpoint runs/finetune-001",
+                "eval --task demo --checkpoint runs/finetune-001 --resume never",
+            ),
             "--dry-run": "--dry-run",
         },
     ),
@@ -441,9 +444,7 @@ TIMES = (
     r"\d+(\.\d+)?(e[+-]?\d+)? ?(ms|s|GiB|/s|clips/s|dB)\b|\b\d+[hm]\d\d[ms]\b|\d+(\.\d+)?%?(?= of the (time|peak))"
     r"|\b\d{4}-\d\d-\d\d[T ][\d:+.Z-]+|process \d+ on \S+|Ports?: \d+|127\.0\.0\.1:\d+"
 )
-MEASURED = (
-    r'"(\w*seconds\w*|clips_per_s|data_wait|overhead|mfu|peak_memory|made|bytes_read|step_time|time|machine|rate)"'
-)
+MEASURED = r'"(\w*seconds\w*|\w+_s|data_wait|overhead|mfu|peak_memory|made|bytes_read|step_time|time|machine|rate)"'
 UNSTABLE = (".html", ".lock", ".holder", ".log")
 
 
@@ -479,13 +480,13 @@ def _noting(init: Callable[..., None], pools: list[int]) -> Callable[..., None]:
 
 
 def _digest(path: Path, place: Path) -> str:
+    if "checkpoints" in path.parts:  # they hold times; metrics.jsonl and the weights tell what was computed
+        return "checkpoint"
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl", ".toml", ".csv", ".md", ".txt"):
         text = content.decode().replace(str(place), "")
         text = re.sub(MEASURED + r": (\{[^}]*\}|[^,}\]\n]+)", "", text)
         content = re.sub(TIMES, "#", text).encode()
-    elif path.suffix == ".pt" or "checkpoints" in path.parts:
-        return "checkpoint"
     return hashlib.sha256(content).hexdigest()
 
 
