@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,23 +15,12 @@ class Target:
     `signal` and `sigma` are those of x_t = signal x_0 + sigma noise, shaped to multiply (B, K, P); signal is 0 where
     x_t says nothing of a value. Facts at registration: `noise`, True if the target cannot be had without noise;
     `blind`, True if x_0 cannot be had of it where signal is 0; `borrows`, True if pixels cannot be had from x_0 without
-    what is hidden; `statistics`, True if it needs the deviation of each value, which the model gives it.
-
-    Args:
-        deviation: (P,) of the training set's patches; of no use to most targets.
+    what is hidden.
     """
 
     noise: bool = False
     blind: bool = False
     borrows: bool = False
-    statistics: bool = False
-
-    def __init__(self, deviation: Callable[[], Tensor] | None = None) -> None:
-        self.deviation = deviation
-
-    def inputs(self, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        """What the decoder reads of x_t (B, K, P)."""
-        return x_t
 
     def expected(self, x_0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         """The right answer (B, K, P) to x_t."""
@@ -42,10 +29,6 @@ class Target:
     def x_0(self, answer: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         """x_0 (B, K, P) that an answer (B, K, P) to x_t means."""
         return answer
-
-    def weight(self, signal: Tensor, sigma: Tensor) -> Tensor | None:
-        """Factor of the squared error of each value, to multiply (B, K, P); None for 1."""
-        return None
 
     def from_pixels(self, patches: Tensor, truth: Tensor | None = None) -> Tensor:
         """Patches (B, K, P) in pixels as x_0, by the statistics of `truth` where the target borrows (their own)."""
@@ -122,43 +105,6 @@ class Velocity(Target):
         """x_t turned back by the angle."""
         length = torch.hypot(signal, sigma)
         return (signal * x_t / length - sigma * answer) / length
-
-
-@targets.register("skip", noise=True, statistics=True)
-class Skip(Target):
-    """What the best linear guess of x_0 from x_t leaves: x_0 = c_skip x_t + c_out answer.
-
-    The guess knows the deviation of each value, so that the answer has unit variance everywhere and an answer of 0 is
-    already right at both ends: x_t itself without noise, the mean (0) at pure noise, where the answer is the masked
-    autoencoder's. This is EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1) with a `sigma_data` for
-    each value; the squared error is that of x_0, relative to the guess's at the same noise, so that no timestep is
-    neglected because little is left to gain there.
-    """
-
-    def _spread(self) -> Tensor:
-        assert self.deviation is not None
-        return self.deviation()
-
-    def inputs(self, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        """Of unit variance in every value."""
-        return x_t / torch.hypot(signal * self._spread(), sigma)
-
-    def expected(self, x_0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        """(x_0 - c_skip x_t) / c_out, without the difference of what cancels."""
-        spread = self._spread()
-        return (sigma * x_0 / spread - signal * spread * noise) / torch.hypot(signal * spread, sigma)
-
-    def x_0(self, answer: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        """The guess and the answer to what it leaves."""
-        spread = self._spread()
-        length = torch.hypot(signal * spread, sigma)
-        return signal * (spread / length).square() * x_t + spread * sigma / length * answer
-
-    def weight(self, signal: Tensor, sigma: Tensor) -> Tensor:
-        """The guess's squared error in each value, over its mean."""
-        spread = self._spread()
-        error = (spread * sigma / torch.hypot(signal * spread, sigma)).square()
-        return error / error.mean(-1, keepdim=True)
 
 
 def normalize_patches(patches: Tensor) -> Tensor:

@@ -86,9 +86,8 @@ class DiffMAE(HubModel, nn.Module):
         self.register_buffer("signal", self.schedule.signal.float(), persistent=False)
         self.register_buffer("sigma", self.schedule.sigma.float(), persistent=False)
         self.patch_values = values = model.tubelet * model.patch**2 * 3
-        target = registry.targets.get(model.target)
-        self.space = PatchSpace(model.space, values, target.statistics)
-        self.target: Target = target(lambda: self.space.deviation)
+        self.space = PatchSpace(model.space, values)
+        self.target: Target = registry.targets.get(model.target)()
         inputs, timestep = (self.space.noised, model.timestep) if self.objective.noise else (None, "none")
         self.encoder = Encoder(model, seed)
         with seeded(seed + 1):
@@ -145,25 +144,24 @@ class DiffMAE(HubModel, nn.Module):
             index = index.gather(1, draw.keep)  #                                   (B, K)
             valid = None if valid is None else valid.gather(1, draw.keep)
         x_0 = self._from_pixels(gather_tokens(patches, index))  #                   (B, K, P)
-        noisy, expected, weight = None, x_0, None
+        noisy, expected = None, x_0
         if self.objective.noise:
             signal, sigma = self._levels(draw.timestep)  #                          (B, 1, 1 or P) each
             noise = F.pad(draw.noise, (0, self.patch_values - self.space.noised)).to(x_0.dtype)  # (B, K, P)
             noisy = torch.addcmul(signal * x_0, sigma, noise)  #                    (B, K, P)
             expected = self.target.expected(x_0, noise, signal, sigma)  #           (B, K, P)
-            weight = self.target.weight(signal, sigma)  #                           (B, 1, P)
         encoding = self._encode(patches, noisy, mask)
         del patches  # before the decoder, where a step holds most
         prediction = self._decode(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
         if scored is None:
-            error = F.mse_loss(prediction, expected, reduction="none")  #           (B, K, P)
-            error = error if weight is None else error * weight
-            per_sample = masked_mean(error.mean(2), valid)  #                       (B,)
+            error = F.mse_loss(prediction, expected, reduction="none").mean(2)  #   (B, K)
+            per_sample = masked_mean(error, valid)  #                               (B,)
         else:
             counted = gather_tokens(patchify(scored.expand_as(clips), self.tubelet, self.patch), index)  # (B, K, P)
             counted = counted if valid is None else counted & valid[..., None]
-            difference = prediction - expected if weight is None else (prediction - expected) * weight.sqrt()
-            error = self.space.turn_back(difference).float().square().where(counted, 0.0)  # (B, K, P), in pixels
+            error = (
+                self.space.turn_back(prediction - expected).float().square().where(counted, 0.0)
+            )  # (B, K, P), in pixels
             per_sample = error.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)  #    (B,)
         if self.feature_decoder is not None:
             per_sample = per_sample + self.feature_decoder.loss(clips, encoding, index, valid)
@@ -286,7 +284,7 @@ class DiffMAE(HubModel, nn.Module):
     ) -> Tensor:
         """The decoder's answer (B, K, P) to noisy patches (B, K, P), of which it reads the values that are noised."""
         if noisy is not None:
-            noisy = self.target.inputs(noisy, *self._levels(timestep))[..., : self.space.noised]
+            noisy = noisy[..., : self.space.noised]
         return self.decoder(noisy, timestep, index, valid, encoding)
 
     def _from_pixels(self, patches: Tensor, truth: Tensor | None = None) -> Tensor:

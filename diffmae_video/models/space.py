@@ -23,7 +23,6 @@ class PatchSpace(nn.Module):
     Args:
         space: `pixel` or `pca:K`.
         values: P.
-        statistics: keep mean and deviations in `pixel` too, for a target that needs them.
     """
 
     mean: Tensor
@@ -31,26 +30,32 @@ class PatchSpace(nn.Module):
     basis: Tensor
     """(P, P) a component in each column."""
     deviation: Tensor
-    """(P,) of each component, or of each pixel, from its mean."""
+    """(P,) of each component from its mean, the largest first."""
     counted: Tensor
     """How many patches the statistics come from; 0 before `estimate`."""
 
-    def __init__(self, space: str, values: int, statistics: bool = False) -> None:
+    def __init__(self, space: str, values: int) -> None:
         super().__init__()
         self.noised = values if space == "pixel" else min(int(space.removeprefix("pca:")), values)
         self.turned, self.values = space != "pixel", values
-        self.known = self.turned or statistics
-        if self.known:
+        if self.turned:
             self.register_buffer("mean", torch.zeros(values))
             self.register_buffer("deviation", torch.ones(values))
             self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
-        if self.turned:
             self.register_buffer("basis", torch.eye(values))
+
+    @property
+    def kept(self) -> float:
+        """Share of the patches' variance, 0 to 1, that lies in the values that are noised."""
+        if not self.turned:
+            return 1.0
+        variance = self.deviation.double().square()
+        return float(variance[: self.noised].sum() / variance.sum())
 
     @property
     def missing(self) -> bool:
         """Statistics are needed, and have not been estimated."""
-        return self.known and int(self.counted) == 0
+        return self.turned and int(self.counted) == 0
 
     @torch.no_grad()
     def estimate(self, batches: Iterable[Tensor]) -> None:
@@ -74,26 +79,21 @@ class PatchSpace(nn.Module):
             )
         mean = total / count
         covariance = products / count - mean[:, None] * mean
-        variance = covariance.diagonal()
-        if self.turned:
-            variance, basis = torch.linalg.eigh(covariance)
-            variance, basis = variance.flip(0), basis.flip(1)
-            largest = basis.abs().argmax(0, keepdim=True)
-            basis = basis * basis.gather(0, largest).sign()  # a sign that no library's version changes
-            self.basis.copy_(basis)
+        variance, basis = torch.linalg.eigh(covariance)
+        variance, basis = variance.flip(0), basis.flip(1)
+        largest = basis.abs().argmax(0, keepdim=True)
+        self.basis.copy_(basis * basis.gather(0, largest).sign())  # a sign that no library's version changes
         self.mean.copy_(mean)
         self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
         self.counted.fill_(count)
 
     def from_pixels(self, patches: Tensor) -> Tensor:
         """Patches (B, K, P) in pixels to components."""
-        patches = patches - self.mean if self.known else patches
-        return self._turn(patches, self.basis) if self.turned else patches
+        return self._turn(patches - self.mean, self.basis) if self.turned else patches
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """And back."""
-        x = self.turn_back(x)
-        return x + self.mean if self.known else x
+        return self.turn_back(x) + self.mean if self.turned else x
 
     def turn_back(self, difference: Tensor) -> Tensor:
         """Differences of components (B, K, P) as differences of pixels: turned, so that squares add up to the same."""

@@ -204,7 +204,7 @@ class ClipFitTask:
 
 
 def estimate_clip_space(model: DiffMAE, stream: FitStream) -> None:
-    """Give a model the statistics of patches that its `space` and target need, from patches without hidden pixels.
+    """Give a model the statistics of patches that its `space` needs, from patches without hidden pixels.
 
     Raises:
         UsageError: there are too few.

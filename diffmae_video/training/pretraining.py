@@ -72,6 +72,7 @@ class PretrainTask:
         if model.space.missing:  # a run that is continued brings its own in its checkpoint
             with contextlib.closing(open_stream(settings, 0, 1)) as stream:
                 estimate_space(model, stream)
+            setup.say(describe_space(model))
         return cls(model, settings, validation_opener(settings, setup.processes), setup.processes, setup.facts)
 
     def open_stream(self, rank: int, world: int) -> Any:
@@ -165,7 +166,7 @@ class PretrainTask:
 
 
 def estimate_space(model: DiffMAE, stream: Iterable[Batch]) -> None:
-    """Give the model the statistics of patches that its `space` and target need, from the first clips of a stream.
+    """Give the model the statistics of patches that its `space` needs, from the first clips of a stream.
 
     The stream is that of one process: every rank that reads it comes to the same statistics.
     """
@@ -179,6 +180,15 @@ def estimate_space(model: DiffMAE, stream: Iterable[Batch]) -> None:
                 return
 
     model.space.estimate(patches())
+
+
+def describe_space(model: DiffMAE) -> str:
+    """One line on the components that are noised."""
+    space = model.space
+    return (
+        f"Patches are noised in their first {space.noised} of {space.values} principal components, which hold "
+        f"{space.kept:.1%} of their variance."
+    )
 
 
 def choose_mask(mask: MaskSettings, seeds: Tensor) -> MaskSettings | MaskChoice:

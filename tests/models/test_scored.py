@@ -23,7 +23,7 @@ def build(**settings: str) -> DiffMAE:
     return model
 
 
-KINDS = [{}, {"objective": "mae"}, {"space": "pca:5"}, {"target": "skip"}, {"target": "skip", "space": "pca:5"}]
+KINDS = [{}, {"objective": "mae"}, {"space": "pca:5"}, {"target": "velocity"}, {"target": "velocity", "space": "pca:5"}]
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)

@@ -46,6 +46,7 @@ def test_components_are_those_of_the_covariance():
     torch.testing.assert_close(space.deviation.square(), values.flip(0), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(space.mean, rows.mean(0) + 7, atol=1e-4, rtol=1e-5)
     assert float((space.basis.mT @ vectors.flip(1)).diagonal()[:3].abs().min()) > 0.999
+    assert space.kept == pytest.approx(float(values.flip(0)[:2].sum() / values.sum()), rel=1e-4)
     turned = space.from_pixels(rows + 7)
     torch.testing.assert_close(space.to_pixels(turned), rows + 7, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(turned.norm(dim=1), (rows - rows.mean(0)).norm(dim=1), atol=1e-3, rtol=1e-4)
@@ -81,7 +82,7 @@ def test_the_loss_means_the_same_in_both_spaces():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("target", ["pixel", "velocity", "skip"])
+@pytest.mark.parametrize("target", ["pixel", "velocity"])
 def test_the_decoder_reads_the_noised_components_alone(target):
     net, mask, seen = model(space="pca:10", target=target), make_mask("random", 0.75, SHAPE, range(2)), []
     assert net.decoder.noisy_embed.in_features == 10
@@ -94,8 +95,6 @@ def test_the_decoder_reads_the_noised_components_alone(target):
     clean = net.space.from_pixels(patchify(x, 2, 4).gather(1, mask.masked[..., None].expand(-1, -1, 96)))[..., :10]
     signal, sigma = (table[draw.timestep].view(-1, 1, 1) for table in (net.signal, net.sigma))
     noisy = signal * clean + sigma * draw.noise
-    if target == "skip":
-        noisy = noisy / torch.hypot(signal * net.space.deviation[:10], sigma)
     torch.testing.assert_close(seen[0], noisy)
     for sampler in ("ddim", "ddpm", "dpm++", "heun"):
         filled = net.sample(x, mask, seeds=[1, 2], steps=4, sampler=sampler)
@@ -106,17 +105,17 @@ def test_the_decoder_reads_the_noised_components_alone(target):
 
 def test_detail_outside_the_components_is_predicted():
     """Clips that lie outside the first component alone are learned all the same: by regression."""
-    net = model(space="pca:1", target="skip")
+    net = model(space="pca:1", target="velocity")
     x_0 = net.space.from_pixels(patchify(clips(), 2, 4))  # (8, 32, 96)
     signal, sigma = net.space.levels(torch.full((8, 1, 1), 0.6), torch.full((8, 1, 1), 0.8))
     expected = net.target.expected(x_0, torch.zeros_like(x_0), signal, sigma)
-    torch.testing.assert_close(expected[..., 1:], (x_0 / net.space.deviation)[..., 1:])
+    torch.testing.assert_close(expected[..., 1:], -x_0[..., 1:])
     answered = net.target.x_0(expected, signal * x_0, signal, sigma)
     torch.testing.assert_close(answered, x_0, atol=1e-5, rtol=1e-4)
 
 
 def test_statistics_are_saved_with_the_weights(tmp_path):
-    net, x, mask = model(space="pca:10", target="skip"), clips(batch=2), make_mask("random", 0.75, SHAPE, range(2))
+    net, x, mask = model(space="pca:10"), clips(batch=2), make_mask("random", 0.75, SHAPE, range(2))
     save_model(net, tmp_path)
     again = load_model(tmp_path).eval()
     assert not again.space.missing
@@ -131,7 +130,7 @@ def test_statistics_are_saved_with_the_weights(tmp_path):
         ({"space": "pca:8", "target": "noise"}, "target = 'noise'"),
         ({"space": "pca:8", "target": "norm_pixel"}, "target = 'norm_pixel'"),
         ({"space": "pca:8", "objective": "ddpm"}, "objective = 'ddpm'"),
-        ({"target": "skip", "objective": "mae"}, "needs noise"),
+        ({"target": "velocity", "objective": "mae"}, "needs noise"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):

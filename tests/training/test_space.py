@@ -9,7 +9,7 @@ from diffmae_video.models.weights import load_model
 
 
 def test_pretraining_takes_statistics_from_the_shards(runs, tmp_path):
-    options = ("model.space=pca:16", "model.target=skip", "train.steps=2", "train.batch_size=8")
+    options = ("model.space=pca:16", "train.steps=2", "train.batch_size=8")
     runs.here(tmp_path / "one", *options)
     assert runs.child(tmp_path / "two", *options, world=2) == [0, 0]
     one, two = (safetensors.torch.load_file(tmp_path / run / "weights.safetensors") for run in ("one", "two"))
