@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,14 @@ class Plan:
 
 def measure(settings: Settings, clips: int = 1) -> Footprint:
     """Cost of a pre-training step with `clips` clips in a micro-batch (without a teacher)."""
+    parts = settings.model_dump_json(include={"model", "diffusion", "mask", "train"})
+    return _measure(parts, clips)
+
+
+@functools.lru_cache(maxsize=256)
+def _measure(parts: str, clips: int) -> Footprint:
+    """Of the parts of settings that it depends on, as JSON: seconds for a large model, and plans ask again."""
+    settings = Settings.model_validate_json(parts)
     model_settings = settings.model.model_copy(update={"teacher": None})
     frames, tubelet, patch = model_settings.frames, model_settings.tubelet, model_settings.patch
     shape = grid_shape(frames, *model_settings.size, tubelet, patch)
