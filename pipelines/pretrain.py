@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffmae_video.config import load_settings
 from diffmae_video.errors import Stopped, UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.find import find_first_weights
@@ -92,7 +93,16 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None, in
 
 
 def _expect_data(job: Job, kind: Kind) -> None:
-    """Say at once, before anything heavy is imported, that no shards are known; a recipe may name them."""
+    """Say at once, before anything heavy is imported, that there is no such recipe or setting, or that no shards are
+    known; a recipe may name them."""
+    if job.recipe != "auto":
+        load_settings(job.recipe, "pretrain", job.overrides)
+    if job.data is not None and "://" not in job.data:
+        from diffmae_video.data.manifest import MANIFEST, Manifest
+
+        for place in job.data.split(","):
+            if not (Path(place) / MANIFEST).exists():
+                Manifest.load(place)
     if job.recipe == "auto" and job.data is None and kind != "joint" and job.override("data.path") is None:
         Workspace.here().require("shards", "--data", media=kind)
 

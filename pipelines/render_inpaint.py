@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from diffmae_video.config import RenderSettings, load_settings
 from diffmae_video.config.fit_text import read_fit_length
+from diffmae_video.data.media import read_head
 from diffmae_video.errors import UsageError
 from diffmae_video.mask_text import MaskRequest, is_generated
 from diffmae_video.pipelines.find import Fill, find_inpainter
@@ -49,6 +50,8 @@ def render(
     job.resume_auto_or_never()
     fill = _asked(job, mask, options or {})
     find_inpainter(job.checkpoint, fill)  # before anything heavy is imported
+    if not Path(clip).is_dir():
+        read_head(clip)
 
     from diffmae_video.pipelines.render_pass import plan_render, run_render
 

@@ -95,6 +95,27 @@ def test_early_errors_import_no_torch(words: list[str], said: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "expected"),
+    [
+        (["pretrain", "--recipe", "nope"], "--recipe nope: no such recipe", 2),
+        (["pretrain", "--data", "nothing"], "nothing holds no manifest.json", 3),
+        (["render-inpaint", "nothing.mp4"], "nothing.mp4 cannot be read", 3),
+    ],
+)
+def test_names_that_are_not_there_are_told_without_torch(
+    words: list[str], said: str, expected: int, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom diffmae_video.cli.app import run\ncode = run(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == expected, done.stderr
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_signal_while_a_command_starts_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
