@@ -81,7 +81,9 @@ def render_inpaint(
             "no model is known, a time (90s, 10m) or a number of steps (400steps) always, off never.",
         ),
     ] = None,
-    fps: Annotated[float, typer.Option("--fps", min=0.1, max=240, help="Rate of a folder of images.")] = 24.0,
+    fps: Annotated[
+        float | None, typer.Option("--fps", min=0.1, max=240, help="Rate of a folder of images; 24 by default.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Remove something from a clip: what other frames show is taken from there, the rest is filled by a model.

@@ -59,8 +59,8 @@ def import_command(
         typer.Option("--frames", min=1, help="Frames of a clip; inflates image weights."),
     ] = None,
     inflate: Annotated[
-        Inflate, typer.Option("--inflate", help="How image kernels become video kernels.")
-    ] = Inflate.central,
+        Inflate | None, typer.Option("--inflate", help="How image kernels become video kernels; central by default.")
+    ] = None,
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Encoder heads of an unusual width.")] = None,
     decoder_heads: Annotated[
         int | None,
@@ -101,7 +101,7 @@ def import_command(
         out=out,
         overwrite=overwrite,
         frames=frames,
-        inflate=inflate.value,
+        inflate=None if inflate is None else inflate.value,
         heads=heads,
         decoder_heads=decoder_heads,
         size=size,

@@ -25,7 +25,7 @@ def render(
     *,
     options: Mapping[str, Any] | None = None,
     lossless: bool = False,
-    fps: float = 24.0,
+    fps: float | None = None,
 ) -> RenderResult | None:
     """Inpaint a video, an image or a folder of frames, and write the result beside pictures and figures.
 
@@ -37,7 +37,7 @@ def render(
         mask: what to hide, `MaskRequest(("center",))`; the recipe's `render.mask` without it.
         options: single fields of the render settings, which win over all others; None values count as absent.
         lossless: FFV1 output (PNG for an image), bit-equal outside the mask.
-        fps: frame rate of a folder of images.
+        fps: frame rate of a folder of images, 24 by default; nothing else takes it.
 
     Returns:
         What was made and measured; None for a dry run.

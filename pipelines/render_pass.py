@@ -86,28 +86,31 @@ class Plan:
 
 @contextmanager
 def plan_render(
-    job: Job, clip: Path | str, mask: MaskRequest, fill: Fill, options: Mapping[str, Any], fps: float
+    job: Job, clip: Path | str, mask: MaskRequest, fill: Fill, options: Mapping[str, Any], fps: float | None
 ) -> Iterator[Plan]:
     """Choose the model, open the clip, read the mask, and say what is about to happen; closes the clip at the end.
 
     Args:
         fill: what the job says of the ways to fill.
         options: fields of the render settings, and `lossless`.
-        fps: frame rate of a folder of images.
+        fps: frame rate of a folder of images; 24 without it.
 
     Raises:
         UsageError, DataError: see `render_inpaint.render`.
     """
     painter = choose_painter(job, fill)
     settings = _settings(painter.settings, job, {**options, "propagate": fill.propagate})
-    with closing(VideoSource(clip, fps)) as source:
+    rate = 24.0 if fps is None else fps
+    with closing(VideoSource(clip, rate)) as source:
+        if fps is not None and source.kind != "folder":
+            raise UsageError(f"--fps {fps:g}: {clip} has times of its own; leave it out, it is for folders of images.")
         inpainter, model = None, painter.model
         if model is not None:
             stride = _stride(settings, source, model.settings.frames)
             inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
         request = mask if mask.texts or mask.track else replace(mask, texts=(settings.render.mask,))
         shape = _shape(source, settings, inpainter)
-        drawn = follow_mask(source.path, request, shape, fps) if request.follow else build_mask(request, shape)
+        drawn = follow_mask(source.path, request, shape, rate) if request.follow else build_mask(request, shape)
         share, touched = _survey(drawn, source.frames)
         for note in drawn.notes:
             say(note)

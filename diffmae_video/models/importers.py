@@ -120,7 +120,7 @@ def import_weights(
     size: tuple[int, int] | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    inflate: str = "central",
+    inflate: str | None = None,
     allow_partial: bool = False,
     key: str | None = None,
     target: str | None = None,
@@ -138,7 +138,8 @@ def import_weights(
         size: (H, W) where the weights do not say; 224 x 224 by default.
         heads: encoder heads, where the width is not that of a published ViT.
         decoder_heads: decoder heads; else the habit of the source.
-        inflate: how 2-D kernels become 3-D: `central` (the middle frame sees) or `mean` (an image keeps its tokens).
+        inflate: how 2-D kernels become 3-D: `central` (the middle frame sees; the default) or `mean` (an image keeps
+            its tokens).
         allow_partial: keep initial values for what is missing and drop what does not fit, instead of an error.
         key: table of a PyTorch file that holds several, for example `model_ema`.
         target: what the decoder predicts, where the file does not say: `pixel` for MAE's weights for pictures.
@@ -150,7 +151,7 @@ def import_weights(
     """
     if source not in SOURCES:
         raise UsageError(f"SOURCE {source}: choose one of {', '.join(SOURCES)}.")
-    if inflate not in ("central", "mean"):
+    if inflate not in (None, "central", "mean"):
         raise UsageError(f"--inflate {inflate}: choose central or mean.")
     raw, taken, others = read_tables(file, key)
     damaged = [name for name, tensor in raw.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
@@ -236,7 +237,7 @@ def translate(
     size: tuple[int, int] | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    inflate: str = "central",
+    inflate: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> tuple[ModelSettings, Tensors]:
     """Settings that another project's tensors ask for, and the tensors under our names.
@@ -308,13 +309,26 @@ class _Geometry:
             )
         return side, side
 
-    def inflate(self, tensors: Tensors, how: str) -> Tensors:
-        """2-D kernels as 3-D ones: of one frame, or spread over a tubelet."""
+    def inflate(self, tensors: Tensors, how: str | None) -> Tensors:
+        """2-D kernels as 3-D ones: of one frame, or spread over a tubelet.
+
+        Raises:
+            UsageError: a way is named, and nothing is inflated.
+        """
+        if how is not None and not self.inflated:
+            raise UsageError(
+                f"--inflate {how}: "
+                + (
+                    "add --frames N above 1, or leave it out."
+                    if self.flat_image
+                    else "these are weights of videos; leave it out."
+                )
+            )
         if not self.flat_image:
             return tensors
         kernel = tensors["patch_embed.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
         if self.inflated:
-            kernel = inflate_kernel(kernel, self.tubelet, how)
+            kernel = inflate_kernel(kernel, self.tubelet, how or "central")
         # the decoder, if any, predicts single frames: each of the tubelet's starts as a copy
         copies = {
             name: tensors[name].repeat(self.tubelet, *[1] * (tensors[name].dim() - 1))

@@ -186,6 +186,7 @@ def test_drawn_mask_removes_an_object(clip: Path, model: Path) -> None:
         (["--mask", "center", "--mask", "center", "--invert", "--mask", "box:0,0,100%,100%"], 2, "hides nothing"),
         (["--mask", "center", "--lossless", "--codec", "gif"], 2, "--lossless"),
         (["--mask", "gone.png"], 2, "no such file"),
+        (["--mask", "center", "--fps", "12"], 2, "clip.mkv has times of its own"),
         (["--mask", "center,random:0.5"], 2, "its own --mask"),
         (["--mask", "center", "--codec", "av1"], 2, "--codec av1: choose h264, ffv1, gif or png"),
         (["--mask", "center", "--sampler", "euler"], 2, "--sampler euler"),

@@ -229,6 +229,8 @@ def test_inflation(tmp_path, how):
         seen = clip[:, :, 1] if how == "central" else clip.mean(2)
         tokens = ours.encoder.patch_embed(patchify(clip, 2, 8))
         torch.testing.assert_close(tokens, peer.patch_embed(seen), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="--frames N"):
+        import_weights("timm", tmp_path / "vit.safetensors", inflate=how)
 
 
 def test_missing_unexpected_misshapen_are_listed(tmp_path):
