@@ -56,7 +56,7 @@ def plan_evaluation(
     loaded = load_classifier(source, processes.device, job.overrides, job.seed)
     settings = loaded.settings
     check_classes(source, loaded, manifest)
-    split = settings.data.eval_split
+    split = manifest.held_out(settings.data.eval_split)
     labels = manifest.samples(split, "data.eval_split").label
     samples = [index for index in range(len(labels)) if labels[index] >= 0]
     if not samples:

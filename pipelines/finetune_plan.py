@@ -70,7 +70,11 @@ def plan_finetune(job: Job, task: str, init: str = "auto", protocol: str | None 
     console.say(f"Recipe: {name} ({why}).")
     settings = load_settings(name, "finetune", job.overrides)
     tested = load_settings(name, "evaluate", job.overrides).evaluate
-    changes: dict[str, Any] = {"data": {"path": manifest.root, "sources": []}, "evaluate": tested.model_dump()}
+    held_out = manifest.held_out(settings.data.eval_split)
+    changes: dict[str, Any] = {
+        "data": {"path": manifest.root, "sources": [], "eval_split": held_out},
+        "evaluate": tested.model_dump(),
+    }
     if protocol:
         changes["finetune"] = {"protocol": protocol}
     if job.seed is not None:

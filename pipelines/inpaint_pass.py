@@ -115,13 +115,14 @@ def measure_inpainting(job: Job, masks: str | Sequence[str] | None, deep: bool) 
     source, model, loaded = load_inpainter(job)
     explicit = job.override("data.path")
     path = job.data or explicit or Workspace.here().require("shards", "--data").path
+    manifest = Manifest.load(path)
+    held_out = manifest.held_out(loaded.settings.data.eval_split)
     settings = with_overrides(
         loaded.settings,
-        data={"path": path, "sources": (), "workers": 0, "repeats": 1},
+        data={"path": path, "sources": (), "workers": 0, "repeats": 1, "eval_split": held_out},
         model=model.settings.model_dump(),
     )
     check_steps(settings)
-    manifest = Manifest.load(path)
     plan = _plan(model, loaded.device, settings, manifest, masks)
     if job.dry_run:
         return None

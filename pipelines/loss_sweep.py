@@ -51,6 +51,7 @@ def loss_sweep(
     import torch
 
     from diffmae_video.config import with_overrides
+    from diffmae_video.data.manifest import Manifest
     from diffmae_video.data.stream import build_stream
     from diffmae_video.masking import make_mask
     from diffmae_video.models.patches import grid_shape
@@ -64,7 +65,8 @@ def loss_sweep(
         raise DataError(f"{source} is a classifier, which denoises nothing; give a pre-training run.")
     model.feature_decoder = None  # the sweep is over what is denoised
     path = job.data or settings.data.path or Workspace.here().require("shards", "--data").path
-    settings = with_overrides(settings, data={"path": str(path), "sources": []})
+    split = Manifest.load(path).held_out(settings.data.eval_split)
+    settings = with_overrides(settings, data={"path": str(path), "sources": [], "eval_split": split})
     ratios = tuple(ratios) or tuple(sorted({*RATIOS, settings.mask.ratio}))
     last = len(model.schedule) - 1
     timesteps = model.schedule.respace(steps).timesteps.tolist()  # dense where the signal goes, as samplers take them

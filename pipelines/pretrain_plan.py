@@ -73,7 +73,7 @@ def find_data(settings: Settings, kind: str, data: str | None) -> tuple[Settings
     if kind == "image":
         changes["model"] = {"frames": 1}
     _need_split(manifest, settings.data.split)
-    if not manifest.splits.get(settings.data.eval_split):
+    if not manifest.splits.get(manifest.held_out(settings.data.eval_split)):
         console.say(
             f"Note: there is no split {settings.data.eval_split}, so the validation loss is of training clips; "
             "shard with --val-fraction 0.1, or name another split as data.eval_split."

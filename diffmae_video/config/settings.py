@@ -257,7 +257,7 @@ class DataSettings(Section):
     split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split to validate and evaluate on."""
+    """Split to validate and evaluate on; `test` where the shards have that and no `val`."""
     stride: Positive = 4
     """Distance between the frames of a clip, in frames of the stored video."""
     fps: Annotated[float, Field(gt=0)] | None = None

@@ -133,6 +133,11 @@ class Manifest:
         options = self.facts.get("options")
         return isinstance(options, dict) and options.get("copy") is False
 
+    def held_out(self, split: str) -> str:
+        """The split to test on: `test` where `val` is wanted, the default of `data.eval_split`, and only `test` is
+        there; else the one that is wanted."""
+        return "test" if split == "val" and not self.splits.get("val") and self.splits.get("test") else split
+
     def samples(self, split: str, option: str = "data.split") -> SampleTable:
         """The table of one split.
 

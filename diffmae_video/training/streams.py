@@ -40,7 +40,8 @@ def validation_opener(settings: Settings, processes: Distributed) -> Callable[[i
     """
     assert settings.data.path is not None  # the stage has settled it
     manifest = Manifest.load(settings.data.path)
-    split = settings.data.eval_split if manifest.splits.get(settings.data.eval_split) else settings.data.split
+    held_out = manifest.held_out(settings.data.eval_split)
+    split = held_out if manifest.splits.get(held_out) else settings.data.split
     source = settings.data.sources[0] if settings.data.sources else None
 
     def open_validation(batch_size: int, alone: bool) -> Any:

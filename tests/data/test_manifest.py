@@ -70,6 +70,21 @@ def test_a_manifest_that_was_changed_is_refused(folder: Path, tmp_path: Path, ch
         Manifest.load(edited(folder, tmp_path / "x", change, honest=False))
 
 
+@pytest.mark.parametrize(
+    ("splits", "wanted", "found"),
+    [
+        (("train", "val", "test"), "val", "val"),
+        (("train", "test"), "val", "test"),
+        (("train", "test"), "dev", "dev"),
+        (("train", "val"), "test", "test"),
+        (("train",), "val", "val"),
+    ],
+)
+def test_the_split_to_test_on(tmp_path: Path, splits: tuple[str, ...], wanted: str, found: str) -> None:
+    shards = Manifest.load(make(tmp_path, tuple(f"{split}-0.tar" for split in splits)))
+    assert shards.held_out(wanted) == found
+
+
 @pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "..", ".hidden", "", "a\nb", "a b", "\x1b[31m", 5])
 def test_splits_are_plain_names(folder: Path, tmp_path: Path, name: Any) -> None:
     def change(body: dict[str, Any]) -> None:
