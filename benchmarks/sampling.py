@@ -333,6 +333,8 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
                 y = [float(np.mean(points[seen])) for seen in x]
                 panel.plot(x, y, "o-", color=colour, label=f"{steps} step" + "s" * (steps > 1), markersize=4)
             panel.set_xscale("log")
+            panel.set_xticks([6400, 25600, 102400], ["6,400", "25,600", "102,400"])
+            panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
             if line == 0:
                 panel.set_title(arm)
