@@ -65,6 +65,14 @@ def save_model(
     return directory / WEIGHTS
 
 
+def saved_step(directory: Path) -> int | None:
+    """The optimizer step that the weights in a run's folder are of; None without weights, or where nothing says so."""
+    try:
+        return json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["info"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def saved_sha256(path: Path | str) -> str:
     """SHA-256 of the weights that `load_model` reads for this path: the same weights, the same digest."""
     return sha256_of(_directory(path) / WEIGHTS)

@@ -132,6 +132,7 @@ class Trainer:
         self.step = self.resumed_from = found.step
         self.stepper.load(found.state["stepper"], same)
         self.best, self.unfinished_last_step = found.state["best"], found.state["unfinished_last_step"]
+        self.last = dict(found.state.get("last", {}))  # absent before 2026-11-26
         self.files.best_step = found.state["best_step"]
         if self.distributed.main:  # totals over ranks: rank 0 carries them on
             self.stepper.bad = dict(found.state["bad"])
@@ -154,7 +155,11 @@ class Trainer:
     # --- at intervals -----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Do what a run that was stopped in its last step left undone, if it was."""
+        """Do what a run that was stopped, or killed, in its last step left undone, if it was."""
+        if self.step == self.total and self.distributed.broadcast(self._behind()):
+            weights = self._weights()
+            if self.distributed.main:
+                self._export(weights, self._info(), self.step)
         if not self.unfinished_last_step:
             return
         self.unfinished_last_step = False
@@ -300,16 +305,30 @@ class Trainer:
             "bad": bad,
             "optimizer": state.optimizer_numbers(self.model, self.optimizer),
             "window": self.meter.state(self.distributed),
+            "last": self.last,
         }
         parallel.reshard(self.model)
         tensors = state.run_tensors(self.model, self.optimizer, self.average)
         generators = state.random_tensors(self.distributed.rank, self.device)
         with self.meter.other():
-            weights = None
-            if self.sharded or self.distributed.main:
-                weights = parallel.full_state(self.model, self.average.average if self.average else None)
-            info = {**self.task.info(), "step": self.step, "metrics": dict(self.last)}
-            self.files.save({**tensors, **generators}, numbers, lambda: self._export(weights, info, numbers["step"]))
+            weights, info, step = self._weights(), self._info(), self.step
+            self.files.save({**tensors, **generators}, numbers, lambda: self._export(weights, info, step))
+
+    def _weights(self) -> dict[str, Tensor] | None:
+        """Weights of the whole model, averaged where the run averages; None where another rank has them. A collective
+        where parameters are sharded."""
+        if not (self.sharded or self.distributed.main):
+            return None
+        return parallel.full_state(self.model, self.average.average if self.average else None)
+
+    def _info(self) -> dict[str, Any]:
+        return {**self.task.info(), "step": self.step, "metrics": dict(self.last)}
+
+    def _behind(self) -> bool:
+        """Whether the weights beside the checkpoints are older than the newest of them, which is written first."""
+        from diffmae_video.models.weights import saved_step
+
+        return saved_step(self.directory) != self.step
 
     def _export(self, weights: dict[str, Tensor] | None, info: dict[str, Any], step: int) -> None:
         from diffmae_video.models.weights import save_model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -249,6 +251,36 @@ def test_start_from_another_run(runs, kill_at, tmp_path):
     assert result.step == 10
     one, two = runs.final(tmp_path / "straight"), runs.final(tmp_path / "second")
     assert all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "model.json"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_between_the_last_checkpoint_and_its_weights(runs, tmp_path, file, world):
+    """The checkpoint of the last step is whole, the weights beside it are older: the next call brings them forward."""
+
+    def before(rank: int) -> None:
+        from diffmae_video.models import weights
+
+        plain = weights.write_atomic
+
+        def write(path: Path, content: str | bytes) -> None:
+            if path.name == file and list((path.parent / "checkpoints").glob("step-00000010")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain(path, content)
+
+        weights.write_atomic = write
+
+    runs.child(tmp_path / "straight", world=world)
+    if world == 1:
+        assert runs.child(tmp_path / "killed", before=before) == [-signal.SIGKILL]
+    else:
+        assert runs.child(tmp_path / "killed", world=world, before=before)[0] == -signal.SIGKILL
+    assert runs.child(tmp_path / "killed", world=world) == [0] * world
+    runs.assert_same(tmp_path / "straight", tmp_path / "killed")
+    one, two = (json.loads((tmp_path / name / "model.json").read_text()) for name in ("straight", "killed"))
+    for told in (one, two):  # clips a second and the like
+        told["info"]["metrics"] = {name: told["info"]["metrics"][name] for name in ("step", "loss", "val_loss")}
+    assert one == two
 
 
 @pytest.mark.slow
