@@ -102,7 +102,7 @@ def _expect_data(job: Job, kind: Kind) -> None:
 
         for place in job.data.split(","):
             if not (Path(place) / MANIFEST).exists():
-                Manifest.load(place)
+                Manifest.load(place)  # raises, and says what to do
     if job.recipe == "auto" and job.data is None and kind != "joint" and job.override("data.path") is None:
         Workspace.here().require("shards", "--data", media=kind)
 

@@ -51,7 +51,7 @@ def render(
     fill = _asked(job, mask, options or {})
     find_inpainter(job.checkpoint, fill)  # before anything heavy is imported
     if not Path(clip).is_dir():
-        read_head(clip)
+        read_head(clip)  # raises where there is no such file, or no plain one
 
     from diffmae_video.pipelines.render_pass import plan_render, run_render
 

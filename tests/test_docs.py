@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import typer
 
 from diffmae_video.cli.app import app
 from diffmae_video.config.recipes import load_settings, setting_keys
+from tests.pages import shell_lines
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -45,14 +45,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def _commands(page: Path) -> list[list[str]]:
     """Words of each `diffmae ...` line in code blocks that are no Python, TOML or output."""
-    found = []
-    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text("utf-8"), re.S):
-        if language in ("", "bash", "console"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if "diffmae" in words:
-                    found.append(words[words.index("diffmae") + 1 :])
-    return found
+    return [words[words.index("diffmae") + 1 :] for words in shell_lines(page) if "diffmae" in words]
 
 
 def _parse(words: list[str]) -> Any:

@@ -156,17 +156,16 @@ class Trainer:
 
     def settle(self) -> None:
         """Do what a run that was stopped, or killed, in its last step left undone, if it was."""
-        if self.step == self.total and self.distributed.broadcast(self._behind()):
+        if self.unfinished_last_step:
+            self.unfinished_last_step = False
+            if self.train.picture_every:
+                self._pictures()
+            self._validate()
+            self.save()
+        elif self.step == self.total and self.distributed.broadcast(self._behind()):
             weights = self._weights()
             if self.distributed.main:
                 self._export(weights, self._info(), self.step)
-        if not self.unfinished_last_step:
-            return
-        self.unfinished_last_step = False
-        if self.train.picture_every:
-            self._pictures()
-        self._validate()
-        self.save()
 
     def at_intervals(self, stop: bool) -> None:
         """After a step: log, pictures, validation, checkpoint and report where they are due. A collective."""

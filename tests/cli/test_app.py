@@ -85,14 +85,7 @@ def test_debug_works_before_and_after_the_command(words: list[str], monkeypatch:
     ],
 )
 def test_early_errors_import_no_torch(words: list[str], said: str, tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom diffmae_video.cli.app import run\ncode = run(sys.argv[1:])\n"
-        "assert 'torch' not in sys.modules\nassert 'numpy' not in sys.modules\nsys.exit(code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    _ends_early(words, said, 2, ["torch", "numpy"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +99,19 @@ def test_early_errors_import_no_torch(words: list[str], said: str, tmp_path: Pat
 def test_names_that_are_not_there_are_told_without_torch(
     words: list[str], said: str, expected: int, tmp_path: Path
 ) -> None:
+    _ends_early(words, said, expected, ["torch"], tmp_path)
+
+
+def _ends_early(words: list[str], said: str, expected: int, absent: list[str], folder: Path) -> None:
+    """The command ends with this code and sentence, has not imported these modules, and leaves nothing."""
     code = (
         "import sys\nfrom diffmae_video.cli.app import run\ncode = run(sys.argv[1:])\n"
-        "assert 'torch' not in sys.modules\nsys.exit(code)"
+        f"assert not {{*{absent!r}}} & sys.modules.keys()\nsys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == expected, done.stderr
     assert said in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_a_signal_while_a_command_starts_is_one_sentence(

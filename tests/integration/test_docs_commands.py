@@ -19,6 +19,7 @@ from PIL import Image
 
 from diffmae_video.cli.app import run
 from diffmae_video.data.synthetic import encode_mp4, motion_clip, write_demo_data
+from tests.pages import shell_lines
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,14 +65,7 @@ SMALL = {
 
 def commands(page: Path) -> list[str]:
     """Each `diffmae ...` line of the page's blocks, from `diffmae` on unless something stands before it."""
-    found = []
-    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text("utf-8"), re.S):
-        if language in ("", "bash", "console"):
-            for line in block.replace("\\\n", " ").splitlines():
-                text = " ".join(shlex.quote(word) for word in shlex.split(line.removeprefix("$ "), comments=True))
-                if "diffmae " in text:
-                    found.append(text)
-    return found
+    return [text for text in map(shlex.join, shell_lines(page)) if "diffmae " in text]
 
 
 def small(text: str) -> list[str]:
