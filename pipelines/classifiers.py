@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Loaded:
     weights_sha256: str
     device: torch.device
     has_settings: bool = True  # how clips were taken in training is known
+    denoises: bool = False  # it classifies by denoising
 
     @property
     def classes(self) -> list[str]:
@@ -103,6 +104,25 @@ def load_classifier(
     if not getattr(loaded.model, "num_classes", 0):  # a pre-training knows the classes of its data, too
         raise DataError(f"{source} is no classifier; fine-tune it first with `diffmae finetune --task NAME`.")
     return loaded
+
+
+def load_denoiser(
+    source: str | Path, device: torch.device, overrides: Sequence[str] = (), seed: int | None = None
+) -> Loaded:
+    """Like `load`, for a pre-training with labels that classifies by denoising.
+
+    Raises:
+        DataError: the weights are no pre-training.
+        UsageError: it was trained without labels.
+    """
+    from diffmae_video.evaluation.denoising import DenoisingClassifier
+    from diffmae_video.models.diffmae import DiffMAE
+
+    loaded = load(source, device, overrides, seed)
+    if not isinstance(loaded.model, DiffMAE):
+        raise DataError(f"{source} is a classifier, which cannot denoise; give a pre-training run as --checkpoint.")
+    model = DenoisingClassifier(loaded.model, loaded.settings.mask, loaded.settings.evaluate.draws)
+    return replace(loaded, model=model, denoises=True)
 
 
 def settings_beside(source: str | Path, model: Any, overrides: Sequence[str] = (), seed: int | None = None) -> Settings:

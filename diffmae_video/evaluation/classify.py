@@ -31,6 +31,7 @@ from diffmae_video.evaluation.views import (
     plan_views,
     scaled_size,
 )
+from diffmae_video.processes import safe_path
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ def run_pass(
     view = dataset.settings
     clips = torch.empty(batch_views, view.frames, 3, *view.size, dtype=torch.uint8)  # (B, T, C, H, W), used again
     names = [str(protocol) for protocol in dataset.settings.protocols]
-    for block, videos in loader:
+    with safe_path():
+        blocks = iter(loader)
+    for block, videos in blocks:
         if isinstance(videos, StorageError):
             raise videos
         decoded = [(sample, video) for sample, video in videos if isinstance(video, DecodedVideo)]

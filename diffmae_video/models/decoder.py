@@ -39,6 +39,8 @@ class Encoding(NamedTuple):
     """Outputs (B, V, D) of the linked encoder blocks."""
     valid: Tensor | None
     """bool like the tokens of `latents`, False on padding."""
+    label: Tensor | None = None
+    """int64 (B,) classes that the decoder is told of, `model.labels` for none; None for none at all."""
 
     def repeat_interleave(self, times: int) -> Encoding:
         """Every sample `times` times in a row."""
@@ -46,7 +48,7 @@ class Encoding(NamedTuple):
             self.mask.repeat_interleave(times),
             self.latents.repeat_interleave(times, 0),
             {block: feature.repeat_interleave(times, 0) for block, feature in self.features.items()},
-            None if self.valid is None else self.valid.repeat_interleave(times, 0),
+            *(None if x is None else x.repeat_interleave(times, 0) for x in (self.valid, self.label)),
         )
 
 
@@ -210,6 +212,8 @@ class Decoder(nn.Module):
         rotary = model.positions == "rotary"
         self.rotary = Rotary(encoder.shape, width // model.decoder_heads) if rotary else None
         self.time_embed = TimestepEmbedding(width) if timestep != "none" else None
+        assert not isinstance(model.labels, str), "model.labels = 'data' is settled by the shards, before training"
+        self.label_embed = nn.Embedding(model.labels + 1, width) if model.labels else None  # the last: no label
         block = decoders.get(model.decoder)
         self.blocks = nn.ModuleList(block(model, encoder.width, timestep == "adaln") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=model.decoder_norm_eps or model.layer_norm_eps)
@@ -228,7 +232,7 @@ class Decoder(nn.Module):
         """Predictions (B, M, outputs).
 
         Args:
-            noisy: noisy patches (B, M, P), or None for mask tokens only.
+            noisy: noisy patches (B, M, P), of which it reads the first `inputs` values; None for mask tokens only.
             timestep: (B,) 0-based diffusion steps, or None.
             index: int64 (B, M) places of the masked tokens.
             valid: bool (B, M), False on padding.
@@ -238,10 +242,13 @@ class Decoder(nn.Module):
         x = gather_tokens(positions, index)  #                             (B, M, E)
         if self.mask_token is not None:
             x = x + self.mask_token
-        if self.noisy_embed is not None:
-            x = x + self.noisy_embed(noisy)
+        if self.noisy_embed is not None and noisy is not None:
+            x = x + self.noisy_embed(noisy[..., : self.noisy_embed.in_features])
         condition = None if self.time_embed is None else self.time_embed(timestep)  # (B, E)
-        if self.timestep == "add" and condition is not None:
+        if self.label_embed is not None:
+            told = self._told(encoding.label, len(x))
+            condition = told if condition is None else condition + told
+        if self.timestep != "adaln" and condition is not None:
             x = x + condition[:, None]
             condition = None
         masked, shape = x.shape[1], encoding.mask.shape
@@ -256,6 +263,13 @@ class Decoder(nn.Module):
         for block, context in zip(self.blocks, contexts, strict=True):
             x = run_block(block, self.checkpointing, x, context, attn_mask, context_mask, condition, *angles, *seen)
         return self.head(self.norm(x[:, -masked:]))  #                     (B, M, outputs)
+
+    def _told(self, label: Tensor | None, batch: int) -> Tensor:
+        """Embedded labels (B, E)."""
+        assert self.label_embed is not None
+        table = self.label_embed.weight
+        none = len(table) - 1
+        return table[none].expand(batch, -1) if label is None else self.label_embed(label)
 
     def _seen(self, encoding: Encoding, positions: Tensor) -> Tensor:
         """Visible tokens in the decoder's width, at their places (B, V, E); a class token has none."""

@@ -23,6 +23,7 @@ from diffmae_video.models.decoder import Decoder, Encoding
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.feature_decoder import FeatureDecoder
 from diffmae_video.models.hub import HubModel
+from diffmae_video.models.labels import check_labels, drop_labels, guided
 from diffmae_video.models.layers import seeded
 from diffmae_video.models.objectives import Objective
 from diffmae_video.models.patches import gather_tokens, masked_mean, patchify, pixel_bounds
@@ -42,12 +43,12 @@ class Draw(NamedTuple):
     """float (B, K, n), n the values that are noised (P without `model.space`); (B, 0, n) for the `mae` objective."""
     keep: Tensor | None
     """int64 (B, K): entries of the masked tokens that are predicted; None for all."""
+    label: Tensor | None = None
+    """int64 (B,): classes that the decoder is told of, `model.labels` where it is told none; None for none at all."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Draw:
         """The same draw on `device`."""
-        keep = None if self.keep is None else self.keep.to(device, non_blocking=non_blocking)
-        timestep, noise = (x.to(device, non_blocking=non_blocking) for x in (self.timestep, self.noise))
-        return Draw(timestep, noise, keep)
+        return Draw(*(None if x is None else x.to(device, non_blocking=non_blocking) for x in self))  # type: ignore[arg-type]
 
 
 class DiffMAEOutput(NamedTuple):
@@ -101,10 +102,14 @@ class DiffMAE(HubModel, nn.Module):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def draw(self, seeds: Tensor | Sequence[int], mask: Mask) -> Draw:
+    def draw(self, seeds: Tensor | Sequence[int], mask: Mask, labels: Tensor | None = None) -> Draw:
         """Timestep, noise and predicted subset of each sample, from a generator seeded with its seed.
 
         A sample's draw does not depend on the rest of the batch. Noise is drawn where the mask lives.
+
+        Args:
+            labels: int64 (B,) classes of the samples, -1 for none; a model without `model.labels` is told none, others
+                with probability 1 - `model.label_drop`.
         """
         mask = self.objective.mask(mask)
         device, values = mask.masked.device, self.space.noised
@@ -126,9 +131,17 @@ class DiffMAE(HubModel, nn.Module):
                 on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
                 noise[row, :count].normal_(generator=on_device)  #                             (K, n)
         keep = torch.stack(keeps).to(device) if keeps else None
-        return Draw(torch.stack(timesteps).to(device), noise, keep)
+        label = None if labels is None or not self.settings.labels else drop_labels(labels, seeds, self.settings)
+        return Draw(torch.stack(timesteps), noise, keep, label).to(device)
 
-    def forward(self, clips: Tensor, mask: Mask, draw: Draw, scored: Tensor | None = None) -> DiffMAEOutput:
+    def forward(
+        self,
+        clips: Tensor,
+        mask: Mask,
+        draw: Draw,
+        scored: Tensor | None = None,
+        encoding: Encoding | None = None,
+    ) -> DiffMAEOutput:
         """Loss on masked patches.
 
         Args:
@@ -136,6 +149,7 @@ class DiffMAE(HubModel, nn.Module):
             mask: of the clips' token grid; the `ddpm` objective hides everything whatever it says.
             draw: from `draw` with the same mask.
             scored: bool (B, 1, T, H, W), True = pixels of masked patches whose error counts; all of them without it.
+            encoding: of the same clips and mask (`encode`), where it is known; computed without it.
         """
         mask = self.objective.mask(mask)
         patches = patchify(clips, self.tubelet, self.patch)  #                      (B, N, P)
@@ -150,9 +164,10 @@ class DiffMAE(HubModel, nn.Module):
             noise = F.pad(draw.noise, (0, self.patch_values - self.space.noised)).to(x_0.dtype)  # (B, K, P)
             noisy = torch.addcmul(signal * x_0, sigma, noise)  #                    (B, K, P)
             expected = self.target.expected(x_0, noise, signal, sigma)  #           (B, K, P)
-        encoding = self._encode(patches, noisy, mask)
+        encoding = encoding or self._encode(patches, noisy, mask)
+        encoding = encoding._replace(label=draw.label)
         del patches  # before the decoder, where a step holds most
-        prediction = self._decode(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
+        prediction = self.decoder(noisy, draw.timestep, index, valid, encoding)  #  (B, K, P)
         if scored is None:
             error = F.mse_loss(prediction, expected, reduction="none").mean(2)  #   (B, K)
             per_sample = masked_mean(error, valid)  #                               (B,)
@@ -184,8 +199,8 @@ class DiffMAE(HubModel, nn.Module):
         mask = encoding.mask
         read = noisy.to(self.decoder.head.weight.dtype)
         if not self.objective.sees:
-            encoding = self._encode(None, read, mask)
-        answer = self._decode(read, timestep, mask.masked, mask.masked_valid, encoding)
+            encoding = self._encode(None, read, mask)._replace(label=encoding.label)
+        answer = self.decoder(read, timestep, mask.masked, mask.masked_valid, encoding)
         answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
         return self.target.x_0(answer, noisy, *self._levels(timestep))
 
@@ -216,6 +231,8 @@ class DiffMAE(HubModel, nn.Module):
         known: Tensor | None = None,
         clip_x0: bool = True,
         borrow_statistics: bool = False,
+        labels: Sequence[int] | Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Iterator[SampleStep]:
         """Fill the masked patches of clips step by step.
 
@@ -231,12 +248,15 @@ class DiffMAE(HubModel, nn.Module):
             known: bool (B, 1 or C, T, H, W), True = pixels inside masked patches that are known: they guide every step.
             clip_x0: keep each prediction within black and white.
             borrow_statistics: let a `norm_pixel` model take mean and deviation of each hidden patch from the clip.
+            labels: B classes of what is to be seen, for a model with `model.labels`.
+            guidance: x_0 is that without a label, plus this times the difference that the label makes (classifier-free
+                guidance, arXiv 2207.12598).
 
         Yields:
             A `SampleStep` after each prediction: the first is the masked autoencoder's answer, the last the sample.
 
         Raises:
-            UsageError: a `norm_pixel` model without `borrow_statistics`, or an unknown sampler.
+            UsageError: a `norm_pixel` model without `borrow_statistics`, an unknown sampler or label.
         """
         try:
             sampling = registry.samplers.get(sampler)
@@ -250,12 +270,14 @@ class DiffMAE(HubModel, nn.Module):
         if not self.objective.sees:  # nothing is visible to it: the visible pixels guide it as known ones
             seen = ~mask.pixels(self.tubelet, self.patch)[:, None, : clips.shape[2]]  # (B, 1, T, H, W)
             known = seen if known is None else seen | known
-        encoding = self.encode(clips, mask).repeat_interleave(samples)  #     B' = B * samples
+        told = None if labels is None else check_labels(labels, self.settings).to(clips.device)
+        encoding = self.encode(clips, mask)._replace(label=told).repeat_interleave(samples)  # B' = B * samples
         paste = Paste(clips, encoding.mask, known, self.tubelet, self.patch)
         low, high = (bound.to(clips.device) for bound in pixel_bounds(self.settings.pixel_norm, self.patch_values))
 
         def denoise(noisy: Tensor, timestep: Tensor) -> Tensor:
-            pixels = self._to_pixels(self.denoise(noisy, timestep, encoding), paste.truth)  # (B', M, P)
+            x_0 = guided(self.denoise, noisy, timestep, encoding, guidance)  # (B', M, P)
+            pixels = self._to_pixels(x_0, paste.truth)
             pixels = pixels.clamp(low, high) if clip_x0 else pixels
             return self._from_pixels(paste.keep(pixels), paste.truth)
 
@@ -278,14 +300,6 @@ class DiffMAE(HubModel, nn.Module):
     def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and sigma at timestep (B,): (B, 1, 1), or (B, 1, P) where not all values are noised."""
         return self.space.levels(self.signal[timestep].view(-1, 1, 1), self.sigma[timestep].view(-1, 1, 1))
-
-    def _decode(
-        self, noisy: Tensor | None, timestep: Tensor, index: Tensor, valid: Tensor | None, encoding: Encoding
-    ) -> Tensor:
-        """The decoder's answer (B, K, P) to noisy patches (B, K, P), of which it reads the values that are noised."""
-        if noisy is not None:
-            noisy = noisy[..., : self.space.noised]
-        return self.decoder(noisy, timestep, index, valid, encoding)
 
     def _from_pixels(self, patches: Tensor, truth: Tensor | None = None) -> Tensor:
         """Patches in pixels as x_0: in the space of the model, then as the target has it."""

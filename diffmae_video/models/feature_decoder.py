@@ -44,6 +44,7 @@ class FeatureDecoder(nn.Module):
         self._teacher = [teacher] if teacher is not None else []
         width = model.teacher.width or self.teacher.width
         own = {"decoder_depth": model.teacher.depth, "decoder_class": False, "decoder_class_position": False}
+        own |= {"labels": 0}  # a teacher's features are those of the clip, whatever label is asked for
         settings = model.model_copy(update=own)
         with seeded(seed):
             self.decoder = Decoder(settings, encoder, outputs=width, inputs=None, timestep="none")

@@ -34,6 +34,8 @@ def initialize(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)

@@ -175,11 +175,11 @@ def test_padded_masks_change_nothing(decoder, class_token):
 
 
 def test_draws_do_not_depend_on_the_batch_or_the_global_generator():
-    net = model(decoder="cross", loss_tokens=0.5)
+    net = model(decoder="cross", loss_tokens=0.5, labels=3)
     mask = make_mask("random", 0.75, SHAPE, [0, 1])
-    together = net.draw([11, 12], mask)
+    together = net.draw([11, 12], mask, torch.tensor([0, 2]))
     torch.manual_seed(1234)
-    alone = net.draw([12], make_mask("random", 0.75, SHAPE, [1]))
+    alone = net.draw([12], make_mask("random", 0.75, SHAPE, [1]), torch.tensor([2]))
     assert all(torch.equal(a[1:], b) for a, b in zip(together, alone, strict=True))
     assert together.noise.shape == (2, 12, 384)
     assert len(set(together.keep[0].tolist())) == 12
