@@ -5,11 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 from diffmae_video.errors import DataError, DiffmaeError
+
+UNREADABLE_ARRAY = (
+    *(OSError, EOFError, ValueError, KeyError, OverflowError, MemoryError, NotImplementedError),
+    *(TypeError, AttributeError, SyntaxError, TokenError, BadZipFile, zlib.error),
+)
+"""What `numpy.load` raises on damaged files: it parses their headers as Python, without running them."""
 
 
 @contextmanager

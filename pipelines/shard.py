@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -386,6 +387,10 @@ def _finish(plan: _Plan, reports: dict[str, dict[str, Any]], record: dict[str, A
         directional=plan.info.directional if plan.info else None,
     )
     forget(plan.out)
+    if fields := sum(report.get("interlaced", 0) for report in reports.values()):
+        say(
+            f"Note: {fields} clips are interlaced and stay so; ffmpeg's filter bwdif before `shard` makes whole frames."
+        )
     for note in _twins(shards):
         say(f"Note: {note}")
 
@@ -435,8 +440,12 @@ def shard_and_record(job: ShardJob) -> ShardResult:
 
 
 def print_result(result: ShardResult, out: str) -> None:
-    """One table and one sentence."""
+    """One table, one sentence, and what comes next."""
+    media = "--image" if result.kind == "image" else "--video"
+    labels = f"; the name of its labels is --task {shlex.quote(result.dataset)}" if result.classes else ""
+    ahead = f"Next: diffmae pretrain {media}{labels}."
     if result.unchanged:
+        say(ahead)
         return
     rows = [["found", result.found], ["written", result.written]]
     rows += [[f"rejected: {reason}", count] for reason, count in result.rejected.items()]
@@ -446,3 +455,4 @@ def print_result(result: ShardResult, out: str) -> None:
     why = f" {lost} inputs were rejected, {os.path.join(out, REJECTED)} says why." if lost else ""
     size = f"{result.bytes / 2**20:.1f} MiB"
     say(f"Wrote {result.written} samples ({splits}; {size}) in {result.seconds:.1f} s.{why}")
+    say(ahead)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from diffmae_video.data.manifest import MANIFEST, TABLE
 from diffmae_video.data.remote import is_remote, join, list_files, read_file, remove
 from diffmae_video.errors import UsageError
+from diffmae_video.files import printable
 from diffmae_video.pipelines.shard_job import PARTS, is_there, parts_of
 
 REJECTED = "rejected.jsonl"
@@ -45,7 +46,7 @@ def hold(out: str) -> Iterator[None]:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
         try:
-            name = holder.read_text(encoding="utf-8")
+            name = printable(holder.read_text(encoding="utf-8", errors="replace"))
         except OSError:
             name = "another process"
         raise UsageError(f"{out} is in use by {name}; wait for it, or name another folder.") from None

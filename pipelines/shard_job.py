@@ -67,6 +67,7 @@ def run_job(job: TarJob) -> dict[str, Any]:
     options = options_from_json(job.options)
     worker = POOL.take(job.seconds, job.memory)
     rejected: list[dict[str, str]] = []
+    interlaced = 0
     folder = None if is_remote(job.out) else parts_of(job.out)
     temporary, sink = "", HashingFile(None)
     try:
@@ -86,6 +87,7 @@ def run_job(job: TarJob) -> dict[str, Any]:
                 if outcome.kind:
                     rejected.append({"path": printable(path), "reason": outcome.kind, "detail": outcome.error})
                     continue
+                interlaced += bool(outcome.meta.get("interlaced"))
                 meta = outcome.meta | {"label": label, "class": class_name, "source": printable(path)}
                 if span:
                     meta["span"] = [start, end]
@@ -98,7 +100,7 @@ def run_job(job: TarJob) -> dict[str, Any]:
         if tar.rows:
             info = asdict(ShardInfo(job.name, job.split, sink.size, sink.digest.hexdigest(), len(tar.rows)))
             publish(temporary, job.out, job.name)
-        report = {"digest": job.digest, "info": info, "rows": tar.rows, "rejected": rejected}
+        report = {"digest": job.digest, "info": info, "rows": tar.rows, "rejected": rejected, "interlaced": interlaced}
         write_file(part, json.dumps(report).encode())
         return report | {"skipped": False}
     except OSError as error:

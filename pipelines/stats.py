@@ -89,35 +89,32 @@ def stats(path: str, out: str | Path | None = None, *, split: str | None = None,
     return StatsResult(quantiles, counts, histogram, sheet)
 
 
-def _contact_sheet(manifest: Manifest, splits: list[str], pictures: int, side: int = 128) -> bytes:
+def _contact_sheet(manifest: Manifest, splits: list[str], pictures: int) -> bytes:
     """Middle frames of samples spread evenly over the splits, each with its class below; PNG bytes."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
+
+    from diffmae_video.rendering.sheet import captioned_grid
 
     places = [(name, index) for name in splits for index in range(manifest.splits[name])]
     chosen = [places[i] for i in np.linspace(0, len(places) - 1, min(pictures, len(places))).round().astype(int)]
-    columns = min(8, len(chosen))
-    rows = -(-len(chosen) // columns)
-    page = Image.new("RGB", (columns * side, rows * (side + 14)), "white")
-    draw = ImageDraw.Draw(page)
+    shown: list[np.ndarray | None] = []
+    captions = []
     with ShardReader(manifest) as reader:
-        for number, (name, index) in enumerate(chosen):
+        for name, index in chosen:
             sample = reader.read(name, index)
-            x, y = number % columns * side, number // columns * (side + 14)
             try:
                 if sample.suffix in MEDIA_SUFFIXES["image"]:
                     frame = read_image(sample.data)
                 else:
                     middle = int(manifest.samples(name).frames[index]) // 2
                     frame = read_clips(sample.data, [[middle]])[0].frames[0]
-                picture = Image.fromarray(frame.permute(1, 2, 0).numpy())
-                picture.thumbnail((side, side))
-                page.paste(picture, (x, y))
+                shown.append(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()))
             except DataError:
-                draw.text((x + 4, y + side // 2), "unreadable", fill="red")
+                shown.append(None)
             title = manifest.classes[sample.label] if 0 <= sample.label < len(manifest.classes) else sample.key
-            draw.text((x + 2, y + side), title[:20], fill="black")
+            captions.append(title[:20])
     buffer = io.BytesIO()
-    page.save(buffer, "PNG")
+    Image.fromarray(captioned_grid(shown, captions)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

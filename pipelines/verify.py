@@ -6,7 +6,7 @@ import os
 import zlib
 from dataclasses import dataclass, field
 
-from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.manifest import Manifest, ShardInfo
 from diffmae_video.data.media import MEDIA_SUFFIXES
 from diffmae_video.data.remote import is_remote, join, list_files
 from diffmae_video.data.shards import ShardReader
@@ -78,23 +78,31 @@ def _check_files(manifest: Manifest, reader: ShardReader, problems: list[str]) -
     else:
         present = set(os.listdir(manifest.root))
     problems += [f"{name}: not in the manifest" for name in sorted(present - known) if name.endswith(".tar")]
-    for number, info in enumerate(manifest.shards):
-        whole[number] = None
-        try:
-            path = reader.cache.fetch(number) if reader.cache else join(manifest.root, info.name)
-            size = os.path.getsize(path)
-            if size != info.bytes:
-                problems.append(f"{info.name}: {size} bytes, the manifest says {info.bytes}")
-                whole[number] = None if size < info.bytes else False
-                continue
-            whole[number] = sha256_of(path) == info.sha256
-        except FileNotFoundError:
-            problems.append(f"{info.name}: missing")
-        except StorageError:
-            raise
-        except (OSError, DataError) as error:
-            problems.append(f"{info.name}: {error}")
+    with progress(len(manifest.shards), "checksums", "shards") as line:
+        for number, info in enumerate(manifest.shards):
+            whole[number] = _check_file(number, info, manifest, reader, problems)
+            line.update(1, problems=len(problems))
     return whole
+
+
+def _check_file(
+    number: int, info: ShardInfo, manifest: Manifest, reader: ShardReader, problems: list[str]
+) -> bool | None:
+    """Whether a shard has its size and checksum; None where it cannot be read."""
+    try:
+        path = reader.cache.fetch(number) if reader.cache else join(manifest.root, info.name)
+        size = os.path.getsize(path)
+        if size != info.bytes:
+            problems.append(f"{info.name}: {size} bytes, the manifest says {info.bytes}")
+            return None if size < info.bytes else False
+        return sha256_of(path) == info.sha256
+    except FileNotFoundError:
+        problems.append(f"{info.name}: missing")
+    except StorageError:
+        raise
+    except (OSError, DataError) as error:
+        problems.append(f"{info.name}: {error}")
+    return None
 
 
 def _check_sample(

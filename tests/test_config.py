@@ -16,6 +16,7 @@ from diffmae_video.config import (
     with_overrides,
 )
 from diffmae_video.config.fit_text import FitLength, read_fit_length
+from diffmae_video.data.datasets import dataset_info
 from diffmae_video.errors import UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.patches import grid_shape
@@ -114,6 +115,13 @@ def test_unknown_recipes_are_named_with_the_nearest(tmp_path: Path) -> None:
         load_settings(str(tmp_path / "gone.toml"), "pretrain")
     with pytest.raises(UsageError, match="not valid TOML"):
         load_settings(write_recipe(tmp_path, "broken", "[train\n"), "pretrain")
+    (tmp_path / "latin.toml").write_bytes('summary = "für"\n'.encode("latin-1"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_settings(str(tmp_path / "latin.toml"), "pretrain")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_settings(tmp_path / "latin.toml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        dataset_info(str(tmp_path / "latin.toml"))
     with pytest.raises(UsageError, match=r"\[stage\.training\]"):
         load_settings(write_recipe(tmp_path, "stage", "[stage.training.train]\nepochs = 1\n"), "pretrain")
     circle = tmp_path / "circle.toml"

@@ -53,7 +53,10 @@ def read_recipe(name_or_path: str) -> Recipe:
             raise UsageError(
                 f"--recipe {name_or_path}: there is no such file; `diffmae recipes` lists the built-in ones."
             )
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--recipe {name_or_path} cannot be read ({error}); give a text file in UTF-8.") from error
     elif name_or_path in recipe_names():
         text = (resources.files("diffmae_video.manifests") / "recipes" / f"{name_or_path}.toml").read_text("utf-8")
         name = name_or_path
@@ -124,7 +127,7 @@ def read_settings(path: Path) -> Settings:
     """Read the resolved settings that a run saved (config.toml)."""
     try:
         return validate_settings(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read as settings ({error}); give the folder of a run.") from error
 
 

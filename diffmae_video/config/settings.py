@@ -135,6 +135,10 @@ class ModelSettings(Section):
     space: SpaceName = "pixel"
     """Where patches are noised and predicted: `pixel`, or `pca:K`, the first K principal components of the training
     set's patches, with the rest predicted by regression."""
+    labels: Annotated[int, Field(ge=0, le=100_000)] | Literal["data"] = 0
+    """Classes of which the decoder may be told, for sampling by label; `data`: as many as the shards have; 0: none."""
+    label_drop: Fraction = 0.1
+    """Probability that a label is withheld in training, so that the model also works without (arXiv 2207.12598)."""
     loss_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the masked tokens that the cross decoder predicts in a training step."""
     pixel_norm: Literal["symmetric", "imagenet", "kinetics"] = "symmetric"
@@ -280,6 +284,8 @@ class DataSettings(Section):
     """Shards that are shuffled together."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the labelled samples of each class that is used (chosen by seed; the same for every model)."""
+    labels_per_class: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Labelled samples of each class that are used at most, of those that label_fraction leaves; 0 for all."""
     crop: Literal["random_resized", "multi_scale", "random", "center"] = "random_resized"
     """Spatial crop in training; the same for all frames of a clip."""
     crop_area: tuple[float, float] = (0.5, 1.0)
@@ -448,6 +454,8 @@ class EvaluateSettings(Section):
     """Resamples of the confidence interval."""
     masks: tuple[str, ...] = ("random:0.75", "tube:0.75", "center")
     """Masks of the inpainting evaluation."""
+    draws: Count = 16
+    """Masks and noises under which `--protocol denoise` compares the labels of a clip."""
     clips: Positive = 64
     """Clips of the split that the inpainting evaluation takes, evenly spread."""
     samples: Count = 4
@@ -478,6 +486,11 @@ class RenderSettings(Section):
     """DDIM's stochasticity: 0 deterministic, 1 like DDPM."""
     samples: Count = 1
     """Samples per clip."""
+    label: str | None = None
+    """Class of what is to be seen, for a model that was trained with `model.labels`."""
+    guidance: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """How far `label` is followed: 1 as far as in training, 0 not at all, more than 1 away from what would be there
+    without it (classifier-free guidance)."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of a window that repeats the end of the window before it."""
     margin: Annotated[float, Field(ge=0, le=1000)] = 0.5

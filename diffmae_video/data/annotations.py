@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffmae_video.data.listing import IMAGE_EXTENSIONS, SPLITS, VIDEO_EXTENSIONS, Tree, number_of
+from diffmae_video.data.listing import IMAGE_EXTENSIONS, SPLITS, VIDEO_EXTENSIONS, Tree, seconds_of
 from diffmae_video.errors import DataError
 from diffmae_video.files import printable
 
@@ -22,6 +22,7 @@ MOST_CLASSES = 100_000
 _EXTENSIONS = "|".join(sorted(VIDEO_EXTENSIONS | IMAGE_EXTENSIONS, key=len, reverse=True))
 _MEDIA = re.compile(rf".*\.(?:{_EXTENSIONS})", re.IGNORECASE)
 _SPACED = re.compile(rf"\"?(.+?\.(?:{_EXTENSIONS}))\"?\s+(\S.*)", re.IGNORECASE)
+_EXCEL = re.compile(r"sep=.")
 _COLUMNS = {
     "path": "path file filename file_name filepath file_path video video_path video_name clip clip_path image img "
     "image_path img_path image_name",
@@ -61,15 +62,16 @@ def read_annotation(tree: Tree, name: str, certain: bool = False) -> list[Row] |
     """
     lines = [
         (number, line.strip())
-        for number, line in enumerate(tree.text(name).splitlines(), 1)
+        for number, line in enumerate(re.split(r"\r\n|\r|\n", tree.text(name)), 1)
         if line.strip() and (not line.lstrip().startswith("#") or _is_media(tree, line.split(",")[0].strip()))
     ]
+    lines = lines[_EXCEL.fullmatch(lines[0][1]) is not None :] if lines else lines
     file = _File(tree, name, lines)
     if not lines:
         if certain:
             raise DataError(f"{tree.root}/{name} is empty; give a table with the columns path,label.")
         return None
-    tables = {sign: file.cells(sign) for sign in ("\t", ",", ";")}
+    tables = {sign: file.cells(sign) for sign in ("\t", ",", ";", "|")}
     score = {
         sign: sum(len(row) > 1 and any(_is_media(tree, cell) for cell in row) for row in rows)
         for sign, rows in tables.items()
@@ -82,6 +84,12 @@ def read_annotation(tree: Tree, name: str, certain: bool = False) -> list[Row] |
     sign = max(score, key=lambda one: score[one])
     if score[sign] * 2 < len(lines) - 1 or score[sign] == 0:
         if not certain:
+            for rows in tables.values():  # a header like path,label says what it is
+                if {"path", "label"} <= {_NAMES.get(cell.lower(), ("",))[0] for cell in rows[0]}:
+                    raise DataError(
+                        f"{file.where} names no file of the folder; correct it, or name --layout folders to go by "
+                        "folders instead."
+                    )
             return None
         sign = next((one for one, rows in tables.items() if _is_header([cell.lower() for cell in rows[0]])), ",")
     if sign == "alone":
@@ -130,7 +138,7 @@ class _File:
                 if place or not _is_header(line.lower().split()):
                     rows.append(_bad(number, line, "no path and label"))
                 continue
-            said = match[2].split()
+            said = re.sub(r"^((?:[+-]?[0-9]+\s+)+)#.*", r"\1", match[2]).split()  # a number, then a comment
             if all(_is_number(word) for word in said):
                 if len(said) > 2:
                     rows.append(_bad(number, line, f"{len(said)} numbers, of which one would be the label"))
@@ -157,13 +165,23 @@ class _File:
         rows = []
         for row, (number, line) in zip(full, lines, strict=True):
             values = {column: row[place] for column, place in columns.items()}
+            if not any(row):  # Excel keeps rows that were emptied
+                continue
             if len(row) > width:
                 rows.append(_bad(number, line, f"{len(row)} cells, the header has {width}"))
             elif not row[path] or not (header or values["label"]):
                 rows.append(_bad(number, line, "no path and label"))
             else:
-                times = (number_of(values.get("start")), number_of(values.get("end")))
-                rows.append(Row(row[path], _label(values.get("label", "")), values.get("split") or None, *times))
+                label = _label(values.get("label", ""))
+                try:
+                    start, end = (seconds_of(values.get(name)) for name in ("start", "end"))
+                except ValueError:
+                    rows.append(_bad(number, line, "start and end are no times in seconds", label))
+                    continue
+                if start is not None and end is not None and end <= start:
+                    rows.append(_bad(number, line, "it ends before it starts", label))
+                    continue
+                rows.append(Row(row[path], label, values.get("split") or None, start, end))
         return rows
 
     def _path_column(self, header: list[str], cells: list[list[str]], width: int) -> int:
@@ -227,13 +245,15 @@ def by_value(names: Iterable[str]) -> list[str]:
     return sorted(found, key=int) if found and all(name.isdecimal() for name in found) else found
 
 
-def _bad(number: int, line: str, why: str) -> Row:
-    return Row(line, problem=f"line {number}: {why}")
+def _bad(number: int, line: str, why: str, label: str | None = None) -> Row:
+    return Row(line, label, problem=f"line {number}: {why}")
 
 
 def _label(text: str) -> str | None:
-    if re.fullmatch(r"[+-]?[0-9]{1,15}", text):
-        return str(int(text)) if int(text) >= 0 else None
+    if number := re.fullmatch(r"([+-]?[0-9]{1,15})(?:\.0*)?", text):  # pandas writes 3.0 where some are missing
+        return str(int(number[1])) if int(number[1]) >= 0 else None
+    if text in ("nan", "NaN"):  # and this for what is missing
+        return None
     return printable(text).strip() or None
 
 

@@ -59,8 +59,8 @@ def dataset_info(name_or_path: str) -> DatasetInfo:
     if name_or_path.endswith(".toml") or os.sep in name_or_path:
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--dataset {name_or_path}: cannot be read ({error.strerror}); check the path.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--dataset {name_or_path}: cannot be read ({error}); write it in UTF-8.") from error
     elif name_or_path in dataset_names():
         text = (resources.files("diffmae_video.manifests") / "datasets" / f"{name_or_path}.toml").read_text("utf-8")
     else:

@@ -68,7 +68,11 @@ def list_davis(folder: str | Path, split: str = "val", resolution: str = "480p")
             f"--data {folder} has no ImageSets/2017/{split}.txt (it has lists for: {known}); set data.eval_split."
         )
     videos = []
-    for name in dict.fromkeys(lists[-1].read_text(encoding="utf-8").split()):
+    try:
+        names = dict.fromkeys(lists[-1].read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{lists[-1]} cannot be read ({error}); write it as text in UTF-8.") from error
+    for name in names:
         if "/" in name or name.startswith("."):
             raise DataError(f"{lists[-1]} names {name!r}, which is no name of a video; correct it.")
         frames = tuple(sorted((root / "JPEGImages" / resolution / name).glob("*.jpg")))

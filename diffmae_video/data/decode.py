@@ -43,6 +43,7 @@ class VideoInfo:
     has_audio: bool
     container: str
     pixel_format: str
+    interlaced: bool
 
 
 class Clip(NamedTuple):
@@ -82,6 +83,7 @@ class Video(VideoFile):
             has_audio,
             self.format,
             self.codec.pix_fmt or "",
+            self.interlaced,
         )
 
     @property

@@ -79,13 +79,16 @@ class Display(NamedTuple):
 PLAIN = Display()
 
 
-def display_of(stream: av.VideoStream, name: str, matrix: tuple[int, ...] | None = None) -> Display:
+def display_of(
+    stream: av.VideoStream, name: str, matrix: tuple[int, ...] | None = None, dolby: bool = False
+) -> Display:
     """How the frames of a stream are shown.
 
     Args:
         stream: opened, so that its header is known.
         name: of the file, for messages.
         matrix: display matrix, 9 numbers in 16.16 and 2.30 fixed point (ISO 14496-12, 8.3.2).
+        dolby: its picture needs the metadata of Dolby Vision, without which colours are wrong (profile 5).
 
     Raises:
         DataError: its colours cannot be read.
@@ -94,6 +97,11 @@ def display_of(stream: av.VideoStream, name: str, matrix: tuple[int, ...] | None
     coded = int(codec.colorspace)
     if coded not in MATRICES and coded not in _UNTAGGED:
         raise DataError(f"{name} stores its colours in a way that is not read (matrix {coded}); convert it to BT.709.")
+    if dolby:
+        raise DataError(
+            f"{name} is in Dolby Vision alone (profile 5), whose colours are not read; convert it to HDR10 or BT.709, "
+            "e.g. by ffmpeg's filter libplacebo."
+        )
     aspect = Fraction(stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1)
     if not Fraction(1, _STRANGE) <= aspect <= _STRANGE:
         aspect = Fraction(1)
@@ -115,6 +123,12 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
         if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
             return struct.unpack("=9i", bytes(data)[:36])
     return None
+
+
+def has_dolby_vision(frame: av.VideoFrame) -> bool:
+    """Whether a frame comes with the metadata of Dolby Vision."""
+    found: Any = frame.side_data
+    return any(found[place].type.name.startswith("DOVI_") for place in range(len(found)))
 
 
 def matrix_to_keep(frame: av.VideoFrame) -> int:

@@ -25,8 +25,10 @@ from diffmae_video.errors import DataError, UsageError
 from diffmae_video.files import printable
 from diffmae_video.registry import layouts
 
-_LISTS = SPLITS | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
+_ALSO = {"dev": "val", "eval": "val", "evaluation": "val"}  # of lists and columns; a folder of this name may be a class
+_LISTS = SPLITS | _ALSO | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
 _LIST_WORDS = {"list", "lists", "split", "splits", "video", "videos", "annotation", "annotations", "label", "labels"}
+_UNREAD = (".json", ".jsonl", ".xlsx", ".xls", ".ods")
 _LIST_WORDS |= {"file", "files", "data", "csv", "txt", "rawframes", "set"}
 
 
@@ -127,10 +129,18 @@ def _with_keys(items: list[Item]) -> list[Item]:
 @layouts.register("lists")
 def _lists(tree: Tree, fold: int) -> Listing | None:
     """An annotation file for each split, as for mmaction2, SlowFast and VideoMAE: `path label`, `path total label`."""
-    names = [name for name in _annotation_files(tree) if _split_named(name)]
+    files = _annotation_files(tree)
+    names = [name for name in files if _split_named(name)]
+    others = [name for name in files if name not in names]
     folds = {name: re.search(r"list0*(\d)\.\w+$", name) for name in names}  # trainlist01.txt, testlist01.txt
     names = [name for name in names if not (match := folds[name]) or int(match[1]) == fold]
-    return _listed(tree, "lists", names) if names else None
+    if not names:
+        return None
+    listing = _listed(tree, "lists", names)
+    if others:
+        told = ", ".join(others)
+        listing.notes.append(f"{told} was not read, since {names[0]} tells a split; give its path to read it instead.")
+    return listing
 
 
 @layouts.register("table")
@@ -161,9 +171,20 @@ def _annotation_files(tree: Tree) -> list[str]:
                 )
             if rows and (_split_named(name) or any(row.label or row.split for row in rows)):
                 found.append(name)
-        elif name.lower().endswith((".json", ".jsonl")) and _is_split_list(name):
+        elif name.lower().endswith(_UNREAD) and (_is_split_list(name) or _names_media(tree, name)):
             raise DataError(f"{tree.root}/{name} is not read; write it as CSV of path,label, or name --layout folders.")
     return found
+
+
+def _names_media(tree: Tree, name: str) -> bool:
+    """Whether a file that is not read is called annotation, and lists files of the folder as far as one can see."""
+    words = [word for word in re.split(r"[^a-z]+", posixpath.basename(name).lower().rpartition(".")[0]) if word]
+    if not words or not all(word in _LISTS or word in _LIST_WORDS for word in words):
+        return False
+    if not name.lower().endswith((".json", ".jsonl")):
+        return True  # a spreadsheet
+    text = tree.text(name)
+    return any(posixpath.basename(path) in text for path in tree.media[:100])
 
 
 def _split_named(name: str) -> str | None:
@@ -187,7 +208,7 @@ def _listed(tree: Tree, layout: str, names: list[str], certain: bool = False) ->
                 listing.rejected.append(Rejection(row.path, split, "annotation", f"{name}, {row.problem}"))
                 continue
             given = re.sub(r"[^a-z0-9_-]", "_", (row.split or "").lower())[:40]  # it names files
-            hint = SPLITS.get(given, given) or (_split_named(name) if layout == "lists" else None)
+            hint = (SPLITS | _ALSO).get(given, given) or (_split_named(name) if layout == "lists" else None)
             path = tree.resolve(row.path, hint)
             split = hint or split_of(path or row.path) or _split_named(name) or "train"
             if path is None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -160,6 +161,10 @@ class Tree:
         path = posixpath.normpath(listed.replace("\\", "/"))
         if path in self.present:
             return path
+        if not path.isascii():  # lists of a Mac write accents as letters of their own
+            path = self._composed.get(unicodedata.normalize("NFC", path), path)
+            if path in self.present:
+                return path
         if path.startswith("../"):
             return None
         parts = path.strip("/").split("/")
@@ -177,6 +182,15 @@ class Tree:
             matches = [name for name in matches if split is not None and split_of(name) == split]
         return matches[0] if len(matches) == 1 else None
 
+    @cached_property
+    def _composed(self) -> dict[str, str]:
+        """Paths with other than plain letters by their composed form, where only one has it."""
+        found: dict[str, list[str]] = {}
+        for path in self.paths:
+            if not path.isascii():
+                found.setdefault(unicodedata.normalize("NFC", path), []).append(path)
+        return {name: paths[0] for name, paths in found.items() if len(paths) == 1}
+
     def of_class(self, listed: str, label: str, classes: Iterable[str]) -> str | None:
         """The file of a name, in the folder of its class or in one that belongs to no class; None without just one."""
         found = {path: posixpath.basename(posixpath.dirname(path)) for path in self._by_name.get(stem_of(listed), ())}
@@ -185,11 +199,14 @@ class Tree:
         return fits[0] if len(fits) == 1 else None
 
     def text(self, path: str) -> str:
-        """A text file of the tree: UTF-8, or UTF-16 where it says so."""
+        """A text file of the tree: UTF-8, or UTF-16 where it says so; else Windows-1252, as Excel saves CSV."""
         raw = read_file(join(self.root, path))
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             return raw.decode("utf-16", errors="replace")
-        return raw.decode("utf-8-sig", errors="replace")
+        try:
+            return raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return raw.decode("cp1252", errors="replace")
 
 
 def _parents(folder: str) -> frozenset[tuple[int, int]]:
@@ -233,6 +250,21 @@ def split_of(path: str) -> str | None:
             ):
                 return SPLITS[word]
     return None
+
+
+def seconds_of(text: str | None) -> float | None:
+    """A time in seconds from `12.5`, `1:02` or `0:01:02.5`; None for no text.
+
+    Raises:
+        ValueError: it is no time.
+    """
+    if not text:
+        return None
+    parts = text.split(":")
+    values = [float(part) for part in parts]
+    if len(parts) > 3 or not all(0 <= value < 1e9 for value in values):
+        raise ValueError(text)
+    return sum(value * 60**place for place, value in enumerate(reversed(values)))
 
 
 def number_of(text: str | None) -> float | None:

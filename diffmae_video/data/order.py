@@ -54,13 +54,24 @@ def epoch_order(shards: np.ndarray, seed: int, epoch: int, block: int) -> np.nda
     return order
 
 
-def label_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Indices (ascending) of `fraction` of the samples of each class, at least one; unlabelled ones are left out."""
-    if fraction >= 1:
-        return np.arange(len(labels))
+def label_subset(labels: np.ndarray, fraction: float, most: int, seed: int) -> np.ndarray | None:
+    """Which samples are used where few labels are asked for.
+
+    Args:
+        labels: class of each sample, -1 for none.
+        fraction: share of each class, above 0; at least one sample.
+        most: samples of a class at most; 0 for any number.
+        seed: of the choice. Less of the same seed is a part of more.
+
+    Returns:
+        Indices, ascending, without unlabelled samples; None for all samples.
+    """
+    if fraction >= 1 and not most:
+        return None
     chosen = []
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)
         rank = np.argsort(mix(seed, 0xC1A55, members), kind="stable")
-        chosen.append(members[rank[: max(1, round(fraction * len(members)))]])
+        count = max(1, round(fraction * len(members)))
+        chosen.append(members[rank[: min(count, most) if most else count]])
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)

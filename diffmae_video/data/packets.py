@@ -92,4 +92,17 @@ def has_turned_track(data: bytes) -> bool:
     return False
 
 
+def needs_dolby_vision(data: bytes) -> bool:
+    """Whether the picture of an MP4 means something only to Dolby Vision (profiles 5 and 10.0).
+
+    That is told by the box of its configuration: a number of 0 for the standard that the picture itself follows
+    (Dolby Vision Streams within the ISO Base Media File Format, 3.2). All other profiles are HDR10, HLG or SDR too.
+    """
+    for name in (b"dvcC", b"dvvC", b"dvwC"):
+        at = data.find(b"\0\0\0\x20" + name)  # the box has 32 bytes
+        if at >= 0 and len(data) > at + 12 and data[at + 8] == 1:
+            return data[at + 12] >> 4 == 0
+    return False
+
+
 _UPRIGHT = bytes.fromhex("00010000" + "00000000" * 3 + "00010000")

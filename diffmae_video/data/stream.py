@@ -22,6 +22,7 @@ from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.order import epoch_order, label_subset
 from diffmae_video.data.remote import is_remote
 from diffmae_video.errors import DataError, StorageError, UsageError
+from diffmae_video.processes import safe_path
 
 
 def build_stream(
@@ -90,8 +91,8 @@ class ClipStream:
     def __init__(self, manifest: Manifest, data: DataSettings, plan: StreamPlan):
         self.manifest, self.data, self.plan = manifest, data, plan
         table = manifest.samples(plan.split)
-        fraction = data.label_fraction if plan.training else 1.0
-        self._subset = label_subset(table.label, fraction, plan.seed) if fraction < 1 else None
+        few = (data.label_fraction, data.labels_per_class) if plan.training else (1.0, 0)
+        self._subset = label_subset(table.label, *few, plan.seed)
         self._shards = table.shard if self._subset is None else table.shard[self._subset]
         self.samples_per_epoch = len(self._shards)
         if not self.samples_per_epoch:
@@ -140,7 +141,9 @@ class ClipStream:
         if state.get("manifest", self.manifest.hash) != self.manifest.hash:
             raise UsageError(f"The run was trained on other shards than {self.manifest.root}; give it its own data.")
         if state.get("samples_per_epoch", self.samples_per_epoch) != self.samples_per_epoch:
-            raise UsageError("The run used another number of samples (data.label_fraction?); restore that setting.")
+            raise UsageError(
+                "The run used another number of samples (data.label_fraction or labels_per_class?); restore it."
+            )
         epoch, consumed = state.get("epoch"), state.get("consumed")
         if not (type(epoch) is int and type(consumed) is int and 0 <= epoch < 2**40 and 0 <= consumed < 2**40):
             raise UsageError(f"The run's place in the data is none: {epoch!r:.40}, {consumed!r:.40}; start it anew.")
@@ -232,7 +235,8 @@ class _Batches(Iterator[Batch]):
             multiprocessing_context=_START if workers else None,
             in_order=True,
         )
-        self.iterator = iter(self.loader)
+        with safe_path():
+            self.iterator = iter(self.loader)
 
     def __next__(self) -> Batch:
         if self.stopped:

@@ -31,6 +31,7 @@ import cv2
 import numpy as np
 
 from diffmae_video.errors import UsageError
+from diffmae_video.processes import safe_path
 
 MOTIONS: dict[str, tuple[float, float, float, float]] = {
     "moving down": (0, 1, 0, 0),
@@ -376,7 +377,7 @@ def _pool(workers: int | None) -> Iterator[Callable[..., Future]]:
     """A `submit` over fresh processes (a fork would inherit the locks of a threaded parent), or over none."""
     workers = workers or os.cpu_count() or 1
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with safe_path(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             yield pool.submit
         return
 

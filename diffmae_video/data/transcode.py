@@ -93,7 +93,8 @@ def _copy(data: bytes, options: TranscodeOptions) -> tuple[bytes, str, dict]:
         suffix = "webm"
     if info.container not in ("mov", "matroska", "avi"):
         raise DataError(f"--copy keeps MP4, Matroska, WebM and AVI, not {info.container}; leave --copy out.")
-    return data, suffix, {"frames": info.frames, "fps": info.fps, "width": info.width, "height": info.height}
+    facts = {"frames": info.frames, "fps": info.fps, "width": info.width, "height": info.height}
+    return data, suffix, facts | ({"interlaced": True} if info.interlaced else {})
 
 
 def _encode(data: bytes, options: TranscodeOptions, span: tuple[float, float] | None) -> tuple[bytes, str, dict]:
@@ -121,12 +122,13 @@ def _encode(data: bytes, options: TranscodeOptions, span: tuple[float, float] | 
                 raise DataError("The video has no frame that can be decoded; replace or remove it.")
         finally:
             encoder.close()
-        errors = video.errors
+        errors, interlaced = video.errors, video.interlaced
     _enough(count, options)
     fps = float(rate) if count < 2 or end <= 0 else (count - 1) / end
     width, height = encoder.size
     meta: dict[str, Any] = {"frames": count, "fps": round(fps, 4), "width": width, "height": height}
-    return sink.getvalue(), "mp4", meta | ({"decode_errors": errors} if errors else {})
+    meta |= ({"decode_errors": errors} if errors else {}) | ({"interlaced": True} if interlaced else {})
+    return sink.getvalue(), "mp4", meta
 
 
 class _Encoder:

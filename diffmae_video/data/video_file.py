@@ -16,12 +16,14 @@ import av
 import av.stream
 from av.error import FFmpegError
 
-from diffmae_video.data.display import PLAIN, Display, display_matrix, display_of
+from diffmae_video.data.display import PLAIN, Display, display_matrix, display_of, has_dolby_vision
 from diffmae_video.data.media import DEFAULT_LIMITS, Limits, demuxer_of, read_bytes
-from diffmae_video.data.packets import has_orientation, has_turned_track
+from diffmae_video.data.packets import has_orientation, has_turned_track, needs_dolby_vision
 from diffmae_video.errors import DataError, LimitError
 
 Source = bytes | str | Path
+_UNSPECIFIED = 2  # transfer characteristics, ISO 23091-2
+_PROGRESSIVE = 1  # FFmpeg's field orders: 0 unknown, above 1 interlaced
 
 
 class VideoFile:
@@ -105,11 +107,13 @@ class VideoFile:
         if self._display is None:
             self._display = PLAIN
             if not self.known or has_turned_track(self.data):
-                matrix = None
-                if self._may_be_turned():
+                matrix, dolby = None, self.format == "mov" and needs_dolby_vision(self.data)
+                if self._may_be_turned() and not dolby:
                     frame = next(iter(self.decode_all()), None)
-                    matrix = display_matrix(frame) if frame is not None else None
-                self._display = display_of(self.stream, self.name, matrix)
+                    if frame is not None:
+                        matrix = display_matrix(frame)
+                        dolby = has_dolby_vision(frame) and int(self.codec.color_trc) == _UNSPECIFIED
+                self._display = display_of(self.stream, self.name, matrix, dolby)
         return self._display
 
     def _may_be_turned(self) -> bool:
@@ -122,6 +126,11 @@ class VideoFile:
             return True
         first = self.stream.index_entries[0] if len(self.stream.index_entries) else None
         return first is None or has_orientation(self.data[first.pos : first.pos + first.size], self.codec.name)
+
+    @property
+    def interlaced(self) -> bool:
+        """Whether the stream says that its frames hold two fields; it is decoded frame by frame nevertheless."""
+        return int(self.codec.field_order) > _PROGRESSIVE
 
     @property
     def counts_frames(self) -> bool:

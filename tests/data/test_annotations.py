@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,9 @@ def test_a_line_that_is_not_understood_is_counted(tmp_path: Path) -> None:
         ("labels.csv", "a/1.mp4,1,2,3\nb/1.mp4,4,5,6\n", "which column is the label"),
         ("train.txt", "clip one is 0\nclip two is 1\n", "names no file"),
         ("train.json", '[{"video": "a/1.mp4", "label": 1}]', "CSV of path,label"),
+        ("labels.json", '[{"video": "a/1.mp4", "label": 1}]', "CSV of path,label"),
+        ("labels.xlsx", "PK", "CSV of path,label"),
+        ("classes.csv", "path,label\nsomewhere/else,1\nor/there,2\n", "names no file of the folder"),
     ],
 )
 def test_annotation_that_cannot_be_used_is_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -98,6 +102,93 @@ def test_annotation_that_cannot_be_used_is_refused(tmp_path: Path, name: str, te
     with pytest.raises(DataError, match=said):
         list_samples(source)
     assert set(found(source, layout="folders").values()) == {("train", label) for label in "abc"}
+
+
+ROWS = (("a/1.mp4", "run"), ("a/two words.mp4", "jump"), ("b/1.mp4", "run"), ("c/ünï.webm", "sit"))
+
+
+def table(sign: str, *, header: str = "", end: str = "\n") -> str:
+    return end.join([*([header] if header else []), *(sign.join(row) for row in ROWS)]) + end
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("labels.csv", table(";", header="path;label").encode("cp1252"), id="cp1252, as Excel saves it"),
+        pytest.param("labels.txt", table("\t", header="path\tlabel").encode("utf-16"), id="utf-16"),
+        pytest.param("labels.csv", ("sep=;\n" + table(";", header="path;label")).encode(), id="Excel's first line"),
+        pytest.param("labels.csv", (table(";;", header="path;;label") + ";;;\n").encode(), id="an emptied row"),
+        pytest.param("labels.csv", table("|", header="path|label").encode(), id="bars"),
+        pytest.param("labels.csv", table(",", header="path,label", end="\r").encode(), id="line ends of an old Mac"),
+        pytest.param(
+            "labels.csv", unicodedata.normalize("NFD", table(",", header="path,label")).encode(), id="accents apart"
+        ),
+    ],
+)
+def test_tables_of_other_programs_say_the_same(tmp_path: Path, name: str, content: bytes) -> None:
+    source = tree(tmp_path, dict.fromkeys(FILES, ""))
+    (tmp_path / name).write_bytes(content)
+    assert found(source) == {path: ("train", label) for path, label in ROWS}
+    assert not list_samples(source).rejected
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("3.0", "3"), ("3.", "3"), ("nan", None), ("NaN", None), ("2 # good", "2")]
+)
+def test_labels_as_tables_of_numbers_write_them(tmp_path: Path, said: str, meant: str | None) -> None:
+    sign = " " if "#" in said else ","
+    text = f"a/1.mp4{sign}{said}\n{FILES[1]}{sign}1\n"
+    assert found(tree(tmp_path, dict.fromkeys(FILES, "") | {"train.txt": text}))["a/1.mp4"] == ("train", meant)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "span"),
+    [
+        ("1:02", "1:03.5", (62.0, 63.5)),
+        ("0:01:00", "61", (60.0, 61.0)),
+        ("0.5", "2", (0.5, 2.0)),
+        ("", "", (None, None)),
+    ],
+)
+def test_times_of_spans(tmp_path: Path, start: str, end: str, span: tuple) -> None:
+    text = f"path,label,start,end\na/1.mp4,run,{start},{end}\n"
+    (item,) = list_samples(tree(tmp_path, dict.fromkeys(FILES, "") | {"labels.csv": text})).items
+    assert (item.start, item.end) == span
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "why"),
+    [
+        ("5", "1", "it ends before it starts"),
+        ("nan", "inf", "no times in seconds"),
+        ("1:2:3:4", "", "no times"),
+        ("-1", "2", "no times"),
+    ],
+)
+def test_rows_without_a_usable_span_are_counted_and_folders_do_not_replace_them(
+    tmp_path: Path, start: str, end: str, why: str
+) -> None:
+    text = f"path,label,start,end\na/1.mp4,run,{start},{end}\n"
+    listing = list_samples(tree(tmp_path, dict.fromkeys(FILES, "") | {"labels.csv": text}))
+    assert not listing.items
+    assert [one.reason for one in listing.rejected] == ["annotation"]
+    assert why in listing.rejected[0].detail
+
+
+@pytest.mark.parametrize("split", ["dev", "eval", "evaluation", "Validation"])
+def test_other_words_for_validation(tmp_path: Path, split: str) -> None:
+    text = f"path,label,split\na/1.mp4,run,train\nb/1.mp4,run,{split}\n"
+    source = tree(tmp_path / "column", dict.fromkeys(FILES, "") | {"labels.csv": text})
+    assert found(source) == {"a/1.mp4": ("train", "run"), "b/1.mp4": ("val", "run")}
+    lists = {"train.txt": "a/1.mp4 0\n", f"{split.lower()}.txt": f"{FILES[1]} 1\n"}
+    assert found(tree(tmp_path / "list", dict.fromkeys(FILES, "") | lists))[FILES[1]] == ("val", "1")
+
+
+def test_a_table_beside_lists_of_splits_is_named(tmp_path: Path) -> None:
+    texts = {"train.txt": "a/1.mp4 0\n", "more.csv": "path,label\nb/1.mp4,1\n"}
+    listing = list_samples(tree(tmp_path, dict.fromkeys(FILES, "") | texts))
+    assert [item.path for item in listing.items] == ["a/1.mp4"]
+    assert any("more.csv was not read" in note for note in listing.notes)
 
 
 def test_texts_that_are_no_annotation_are_left_alone(tmp_path: Path) -> None:

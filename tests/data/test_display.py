@@ -214,6 +214,64 @@ def test_colours_that_are_not_read_are_refused() -> None:
         video.clips([[0]])
 
 
+def with_box(data: bytes, box: bytes) -> bytes:
+    """An MP4 whose sample entry holds one more box at its end; media data come before the header."""
+    grown = bytearray(data)
+    end = 0
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+        place = grown.index(name, data.index(b"moov")) - 4
+        size = int.from_bytes(grown[place : place + 4], "big")
+        end = place + size
+        grown[place : place + 4] = (size + len(box)).to_bytes(4, "big")
+    return bytes(grown[:end] + box + grown[end:])
+
+
+@pytest.mark.parametrize(("profile", "base", "refused"), [(5, 0, True), (8, 1, False), (8, 4, False), (7, 6, False)])
+def test_dolby_vision_without_another_base_is_refused(tmp_path, profile: int, base: int, refused: bool) -> None:
+    flags = (profile << 9 | 1 << 3 | 0b101).to_bytes(2, "big")  # profile, level 1, with metadata and base layer
+    record = bytes([1, 0]) + flags + bytes([base << 4]) + bytes(19)
+    data = with_box(stream(Kind(times=(0,))), (32).to_bytes(4, "big") + (b"dvcC" if profile < 8 else b"dvvC") + record)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(data)
+    for read in (
+        lambda: probe(data).frames,
+        lambda: Video(data).clips([[0]])[0].frames.shape[0],
+        lambda: transcode(data, TranscodeOptions())[2]["frames"],
+        lambda: transcode(data, TranscodeOptions(copy=True))[2]["frames"],
+        lambda: len(list(VideoSource(path))),
+    ):
+        if refused:
+            with pytest.raises(DataError, match=r"Dolby Vision alone .* convert it"):
+                read()
+        else:
+            assert read() == 1
+
+
+@pytest.mark.parametrize("params", ["tff=1", "bff=1", ""])
+def test_interlaced_streams_are_told_and_decoded_frame_by_frame(tmp_path, params: str) -> None:
+    sink = io.BytesIO()
+    lines = np.zeros((64, 96, 3), np.uint8)
+    lines[::2] = 200  # the fields show different pictures
+    with av.open(sink, "w", format="mp4") as out:
+        track = out.add_stream("libx264", rate=25, options={"qp": "0", "x264-params": params})
+        track.width, track.height, track.pix_fmt = 96, 64, "yuv444p"
+        for _ in range(4):
+            out.mux(track.encode(av.VideoFrame.from_ndarray(lines, "rgb24")))
+        out.mux(track.encode())
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(sink.getvalue())
+    made, _, meta = transcode(sink.getvalue(), TranscodeOptions(crf=1))
+    assert (probe(path).interlaced, meta.get("interlaced", False), VideoSource(path).interlaced) == (bool(params),) * 3
+    assert not probe(made).interlaced
+    for rgb in (
+        Video(path).clips([[1]])[0].frames[0].permute(1, 2, 0).numpy(),
+        Video(made).clips([[1]])[0].frames[0].permute(1, 2, 0).numpy(),
+        list(VideoSource(path))[1].rgb,
+    ):
+        assert abs(int(rgb[::2].mean()) - 200) < 8
+        assert rgb[1::2].mean() < 8
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_times_of_avi_with_reordered_frames(codec: str) -> None:
     """AVI has no times, only an order: 25 frames a second are 0.04 s apart however they are stored."""

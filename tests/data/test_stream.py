@@ -264,9 +264,14 @@ def test_batches_mix_classes_like_a_full_shuffle() -> None:
 
 def test_label_subset_is_stratified_and_nested_by_seed() -> None:
     labels = np.asarray([0] * 50 + [1] * 30 + [-1] * 20)
-    chosen = label_subset(labels, 0.1, seed=3)
+    chosen = label_subset(labels, 0.1, 0, seed=3)
     assert np.bincount(labels[chosen]).tolist() == [5, 3]
-    assert set(chosen) <= set(label_subset(labels, 0.2, seed=3))
+    assert set(chosen) <= set(label_subset(labels, 0.2, 0, seed=3))
+    few = label_subset(labels, 1.0, 7, seed=3)
+    assert np.bincount(labels[few]).tolist() == [7, 7]
+    assert set(chosen[:5]) <= set(few)
+    assert np.bincount(labels[label_subset(labels, 0.2, 7, seed=3)]).tolist() == [7, 6]
+    assert label_subset(labels, 1.0, 0, seed=3) is None
 
 
 @pytest.mark.slow

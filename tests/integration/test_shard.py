@@ -30,6 +30,7 @@ from diffmae_video.data.shards import ShardReader
 from diffmae_video.data.transcode import TranscodeOptions, transcode
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.pipelines import shard_job
+from diffmae_video.pipelines.console import Step, listen
 from diffmae_video.pipelines.index import index
 from diffmae_video.pipelines.shard import ShardJob, shard
 from diffmae_video.pipelines.verify import verify
@@ -351,7 +352,7 @@ def test_copy_keeps_bytes(source: Path, tmp_path: Path) -> None:
         assert sample.data == (source / sample.meta["source"]).read_bytes()
 
 
-def test_images(tmp_path: Path) -> None:
+def test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     for name in ("n00000001", "n00000002"):
@@ -360,6 +361,10 @@ def test_images(tmp_path: Path) -> None:
             noise = np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), np.uint8)
             Image.fromarray(noise).save(tmp_path / f"images/train/{name}/{number}.JPEG")
     assert run(["shard", "images", "out", "--image", "--short-side", "100"]) == 0
+    ahead = "Next: diffmae pretrain --image; the name of its labels is --task images.\n"
+    assert capsys.readouterr().out.endswith(ahead)
+    assert run(["shard", "images", "out", "--image", "--short-side", "100"]) == 0  # all of it is there
+    assert capsys.readouterr().out.endswith(ahead)
     manifest = Manifest.load("out")
     assert (manifest.kind, manifest.dataset) == ("image", "images")
     table = manifest.samples("train")
@@ -381,7 +386,11 @@ def test_verify_names_the_damage(source: Path, tmp_path: Path) -> None:
     (out / name).write_bytes(raw)
     (out / "stray.tar").write_bytes(b"")
     (out / "val-000000.tar").unlink()
-    problems = verify(str(out)).problems
+    told: list[Step] = []
+    with listen(told.append):
+        problems = verify(str(out)).problems
+    checked = [step for step in told if step.label == "checksums"]
+    assert checked[-1].done == checked[-1].total == len(Manifest.load(out).shards)
     assert any(problem.startswith(f"{name}/{table.key(4)}:") for problem in problems)
     assert "stray.tar: not in the manifest" in problems
     assert "val-000000.tar: missing" in problems

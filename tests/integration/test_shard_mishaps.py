@@ -113,6 +113,29 @@ def test_nothing_of_the_folder_one_stands_in_is_run(source: Path, tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from pathlib import Path\n"
+        "    from diffmae_video.data.synthetic import write_demo_data\n"
+        "    write_demo_data(Path('demo'), train=2, val=2, workers=2)",
+        "from diffmae_video.training.distributed import launch, ranks_from_environment\n"
+        "    assert launch(ranks_from_environment, 2)[1] == 2",
+    ],
+)
+def test_processes_of_a_script_run_nothing_of_the_folder_it_is_called_in(call: str, tmp_path: Path) -> None:
+    for name in ("av", "json", "multiprocessing", "pickle", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name}')\n")
+    script = tmp_path / "elsewhere/script.py"
+    script.parent.mkdir()
+    script.write_text(f"if __name__ == '__main__':\n    {call}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
 def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     make_video(folder / "a/plain.mp4", frames=3)
