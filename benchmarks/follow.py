@@ -24,6 +24,7 @@ from diffmae_video.files import write_atomic
 from diffmae_video.rendering.follow import follow_object
 from diffmae_video.rendering.follower import SIDE, object_in_box
 from diffmae_video.rendering.frame_store import shrunk
+from diffmae_video.rendering.moving import Scene
 from diffmae_video.rendering.source import VideoSource
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm")
@@ -106,7 +107,8 @@ def main() -> None:
         skin, place = files[pair], files[(pair + len(files) // 2) % len(files)]
         frames, masks = compose(read(skin, 1)[0], read(place, asked.frames), asked.seed + pair)
         key = len(frames) // 3
-        found_in_box = object_in_box(frames[key], box_around(masks[key]))
+        moving = Scene(frames).moving(key, masks[key].shape)
+        found_in_box = object_in_box(frames[key], box_around(masks[key]), moving)
         row = {"object": skin.name, "clip": place.name, "frames": len(frames), "box": overlap(found_in_box, masks[key])}
         for way, mark in (("mask", masks[key]), ("box", found_in_box)):
             started = time.process_time()

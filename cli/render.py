@@ -39,7 +39,16 @@ def render_inpaint(
             "followed through the clip, see mask.mp4.",
         ),
     ] = False,
-    dilate: Annotated[int, typer.Option("--dilate", min=0, max=512, help="Grow masks by pixels.")] = 0,
+    sam: Annotated[
+        str | None,
+        typer.Option(
+            "--sam", metavar="PATH|HUB NAME", help="--follow by SAM 2: weights such as hf:facebook/sam2.1-hiera-tiny."
+        ),
+    ] = None,
+    dilate: Annotated[
+        int | None,
+        typer.Option("--dilate", min=0, max=512, help="Grow masks by pixels; 4 with --follow, else 0 by default."),
+    ] = None,
     invert: Annotated[bool, typer.Option("--invert", help="Hide what masks show.")] = False,
     lossless: Annotated[
         bool,
@@ -55,6 +64,14 @@ def render_inpaint(
     samples: Annotated[
         int | None,
         typer.Option("--samples", min=1, help="Samples; several give an uncertainty map."),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", metavar="NAME", help="Class of what is to be seen, of a model trained with labels."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", min=0, max=100, help="How far --label is followed: 1 as in training, 2 by default."),
     ] = None,
     stride: Annotated[
         int | None,
@@ -99,8 +116,16 @@ def render_inpaint(
     stage.render(
         job_of(options),
         clip,
-        MaskRequest(tuple(mask or ()), track, dilate, invert, follow),
-        options={**fields, "stride": stride, "window": window, "propagate": propagate, "fit": fit},
+        MaskRequest(tuple(mask or ()), track, dilate, invert, follow, sam),
+        options={
+            **fields,
+            "label": label,
+            "guidance": guidance,
+            "stride": stride,
+            "window": window,
+            "propagate": propagate,
+            "fit": fit,
+        },
         lossless=lossless,
         fps=fps,
     )

@@ -23,6 +23,8 @@ FORMS = (
     "of a picture, a folder of pictures, a video or a .npy array, FILE[@START-END]"
 )
 """What `render-inpaint --mask` takes."""
+FOLLOWED_GROWTH = 4
+"""Pixels by which a followed object grows where nothing else is asked: its edge is blurred."""
 Corners = tuple[float, float, float, float]
 """Left, top, width and height of a rectangle, in pixels."""
 
@@ -35,18 +37,27 @@ class MaskRequest:
     """Masks as text, or paths; see FORMS."""
     track: str | None = None
     """A box with key frames, `FRAME:x,y,w,h;FRAME:x,y,w,h`; it moves linearly in between and is absent outside."""
-    dilate: int = 0
-    """Pixels by which the hidden area grows on every side."""
+    dilate: int | None = None
+    """Pixels by which the hidden area grows on every side; see `growth` for what holds without it."""
     invert: bool = False
     """Hide what the masks show, and show what they hide."""
     follow: bool = False
     """Texts are an object marked in one frame or more, `object.png@12` or `box:X,Y,W,H@1.5s`, which is followed."""
+    sam: str | None = None
+    """Follow by these weights of SAM 2 (a folder or a name on a hub) instead of by flow and colours."""
 
     @property
     def generated(self) -> bool:
         """Whether a part of it is drawn by a masker or hides whole frames: it shows what a model does, and removes
         nothing."""
         return any(is_generated(text) for text in self.texts)
+
+    @property
+    def growth(self) -> int:
+        """Pixels by which it grows: `dilate`, or else FOLLOWED_GROWTH for what is followed and 0 for all others."""
+        if self.dilate is not None:
+            return self.dilate
+        return FOLLOWED_GROWTH if self.follow and not self.invert else 0
 
     def names(self) -> list[str]:
         """The masks as they were written."""

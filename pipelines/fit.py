@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from diffmae_video.config.fit_text import SECONDS, FitLength
 from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.initial import initial_sha256, start_from
-from diffmae_video.pipelines.console import format_seconds, say
+from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.run import open_run, run_folders
 from diffmae_video.pipelines.workspace import Workspace
@@ -188,9 +188,16 @@ class ClipFit:
     def reduced(self) -> ReducedClip:
         """The clip as it is trained on."""
         model, stride = self.settings.model, self.settings.data.stride
-        pictures = (frame.rgb for frame in self.source)
         shape, count = (model.frames, *model.size), self.source.frames
-        return reduce_clip(pictures, self.hidden, self.asked, self.looks, count, shape, stride)
+        looks = self.looks
+        with progress(count, "read", "frames") as line:
+
+            def pictures() -> Iterator[np.ndarray]:
+                for frame in self.source:
+                    yield frame.rgb
+                    line.update(1)
+
+            return reduce_clip(pictures(), self.hidden, self.asked, looks, count, shape, stride)
 
 
 def fit(work: ClipFit) -> Fitted:

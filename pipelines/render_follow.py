@@ -19,8 +19,13 @@ from diffmae_video.rendering.follow import SIDE, Followed, follow_object, resize
 from diffmae_video.rendering.follower import object_in_box
 from diffmae_video.rendering.frame_store import FrameStore, shrunk
 from diffmae_video.rendering.masks import ClipMask, ClipShape
+from diffmae_video.rendering.motion import one_thread
+from diffmae_video.rendering.moving import Scene
+from diffmae_video.rendering.sam import SIDE as SAM_SIDE
+from diffmae_video.rendering.sam import follow_with_sam, load_sam
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import VideoWriter
+from diffmae_video.training.hardware import pick_device
 
 MASK_VIDEO = "mask.mp4"
 """Where a followed mask is written for review, in the folder of the render."""
@@ -28,34 +33,49 @@ MASK_CRF = 1
 """Quality at which an edge of black and white comes back to the pixel."""
 
 
-def follow_mask(clip: Path, request: MaskRequest, shape: ClipShape, fps: float) -> ClipMask:
+def follow_mask(clip: Path, request: MaskRequest, shape: ClipShape, fps: float, device: str = "auto") -> ClipMask:
     """Follow what a request marks in single frames of a clip.
 
     Args:
         clip: video, image, or folder of images.
         request: its texts are `PICTURE@FRAME` or `box:X,Y,W,H@FRAME`; frame 0 without `@`.
         fps: frame rate of a folder of images.
+        device: where `request.sam` computes.
 
     Raises:
         UsageError: a text that marks no object, or does not fit the clip.
         DataError: a picture that cannot be read.
+        UsageError, StorageError, DataError: see `sam.load_sam`.
     """
     if not request.texts or request.track:
         raise UsageError("--follow takes an object marked in one frame: --mask PICTURE@FRAME or box:X,Y,W,H@FRAME.")
     notes = list[str]()
     marked = [(text, *_mark(text, shape.extent, notes)) for text in request.texts]
+    sam = None if request.sam is None else load_sam(request.sam, pick_device(device))
     with closing(VideoSource(clip, fps)) as source:
-        frames = read_frames(source, SIDE)
+        frames = read_frames(source, SIDE if sam is None else SAM_SIDE)
     with closing(frames):
         keys: dict[int, np.ndarray] = {}
+        boxes: dict[int, np.ndarray] = {}
         for text, number, hidden, boxed in marked:
             if number >= len(frames):
                 raise UsageError(f"--mask {text}: only {len(frames)} frames can be read; mark one of them.")
+            if boxed and sam is not None:
+                boxes[number] = boxes.get(number, False) | hidden
+                continue
             if boxed:
-                hidden = find_in_box(frames[number], hidden)
-                notes.append(f"Mask {text}: the object in the box in frame {number}.")
+                found = find_in_box(frames, number, hidden)
+                what = "nothing stands out in the box, so all of it is followed" if found is hidden else "the object"
+                notes.append(f"Mask {text}: {what} in frame {number}.")
+                hidden = found
             keys[number] = keys.get(number, False) | hidden
-        followed = follow_clip(frames, keys, fps=shape.fps, again="mark it there with one more --mask PICTURE@FRAME")
+        if sam is None:
+            again = "mark it there with one more --mask, box:X,Y,W,H@FRAME or PICTURE@FRAME"
+            followed = follow_clip(frames, keys, fps=shape.fps, again=again)
+        else:
+            with progress(len(frames), "follow", "frames") as line:
+                followed = follow_with_sam(sam, frames, keys, boxes, progress=line.update)
+            followed.notes.append(f"It was followed by {request.sam}.")
     mask = ClipMask(request, shape, followed)
     seen = len(followed.packed)
     mask.notes += [*notes, f"The object was followed to {seen} of {len(frames)} frames.", *followed.notes]
@@ -97,13 +117,15 @@ def read_frames(source: VideoSource, side: int) -> FrameStore:
     return frames
 
 
-def find_in_box(rgb: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """The object in a box: bool (H, W) as `hidden`, looked for in uint8 (h, w, 3), which may be smaller."""
-    small = shrunk(rgb, SIDE)
+def find_in_box(frames: FrameStore, number: int, hidden: np.ndarray) -> np.ndarray:
+    """The object in a box of a frame: bool (H, W) as `hidden`; the frames may be smaller."""
+    small = shrunk(frames[number], SIDE)
     box = resized(hidden, small.shape[:2])
     if not box.any():
         return hidden
-    found = object_in_box(small, box)
+    with one_thread():
+        moving = Scene(frames).moving(number, box.shape)
+    found = object_in_box(small, box, moving)
     return hidden if found is box else resized(found, hidden.shape) & hidden
 
 
@@ -129,4 +151,8 @@ def save_followed(mask: ClipMask, folder: Path, frames: int, size: tuple[int, in
     """Write what was followed beside a render, before it begins, and say so."""
     drawn: FrameMask = mask.parts[0]
     write_mask_video(folder / MASK_VIDEO, (drawn(number) for number in range(frames)), size, fps)
-    say(f"What was followed is in {folder / MASK_VIDEO}: look at it; --mask {folder / MASK_VIDEO} takes it as it is.")
+    grown = f" --dilate {mask.request.growth}" * (mask.request.growth > 0)
+    say(
+        f"What was followed is in {folder / MASK_VIDEO}: look at it now, and stop with Ctrl-C where it is wrong; "
+        f"--mask {folder / MASK_VIDEO}{grown} takes it again."
+    )

@@ -11,7 +11,7 @@ from diffmae_video.config.fit_text import read_fit_length
 from diffmae_video.data.media import read_head
 from diffmae_video.errors import UsageError
 from diffmae_video.mask_text import MaskRequest, is_generated
-from diffmae_video.pipelines.find import Fill, find_inpainter
+from diffmae_video.pipelines.find import Fill, find_inpainter, is_fitted
 from diffmae_video.pipelines.job import Job
 
 if TYPE_CHECKING:
@@ -49,9 +49,17 @@ def render(
     """
     job.resume_auto_or_never()
     fill = _asked(job, mask, options or {})
+    if mask.sam is not None and not mask.follow:
+        raise UsageError(f"--sam {mask.sam} follows a marked object: add --follow, and --mask PICTURE@FRAME.")
     find_inpainter(job.checkpoint, fill)  # before anything heavy is imported
     if not Path(clip).is_dir():
         read_head(clip)  # raises where there is no such file, or no plain one
+    chosen = mask.texts or mask.track or job.recipe != "auto" or job.override("render.mask") is not None
+    if not chosen and is_fitted(job.checkpoint, fill):
+        raise UsageError(
+            "Nothing says what should go: give --mask object.png or --mask box:40%,30%,15%,25%; to see what a model "
+            "makes of hidden places, --mask random:0.75."
+        )
 
     from diffmae_video.pipelines.render_pass import plan_render, run_render
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from diffmae_video.config import RenderSettings, Settings, load_settings, with_overrides
+from diffmae_video.config.fit_text import SECONDS, FitLength
 from diffmae_video.data.sampling import stride_at
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
@@ -20,7 +21,7 @@ from diffmae_video.mask_text import MaskRequest
 from diffmae_video.models.initial import initial_sha256
 from diffmae_video.pipelines.console import format_seconds, progress, say
 from diffmae_video.pipelines.find import Fill
-from diffmae_video.pipelines.inpainters import check_steps, choose_painter
+from diffmae_video.pipelines.inpainters import Painter, check_steps, choose_painter
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.render_fit import fit_painter, left_over
 from diffmae_video.pipelines.render_follow import follow_mask, save_followed
@@ -41,10 +42,13 @@ from diffmae_video.rendering.masks import ClipMask, ClipShape, build_mask
 from diffmae_video.rendering.sheet import Panels
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import Writer, open_writer, write_png
+from diffmae_video.training.hardware import pick_device
 from diffmae_video.training.signals import stop_on_signal
 
 CHOICES = ("codec", "sampler", "window")
 """Options that take one of a few words."""
+PAINTED = 0.02
+"""Share of the hidden pixels from which on the work of the model can be seen."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def plan_render(
     """
     painter = choose_painter(job, fill)
     settings = _settings(painter.settings, job, {**options, "propagate": fill.propagate})
+    _check_label(settings, options, painter)
     rate = 24.0 if fps is None else fps
     with closing(VideoSource(clip, rate)) as source:
         if fps is not None and source.kind != "folder":
@@ -110,14 +115,23 @@ def plan_render(
             inpainter = Inpainter(model, settings.render, stride=stride, seed=settings.seed)
         request = mask if mask.texts or mask.track else replace(mask, texts=(settings.render.mask,))
         shape = _shape(source, settings, inpainter)
-        drawn = follow_mask(source.path, request, shape, rate) if request.follow else build_mask(request, shape)
+        if request.follow:
+            drawn = follow_mask(source.path, request, shape, rate, job.device)
+        else:
+            drawn = build_mask(request, shape)
         share, touched = _survey(drawn, source.frames)
         for note in drawn.notes:
             say(note)
+        if source.interlaced:
+            say(
+                f"{source.path} is interlaced and rendered frame by frame: put it through ffmpeg's filter bwdif before."
+            )
         fill = replace(fill, generated=request.generated)  # of the mask that the model's own settings name
         propagation = Propagation() if fill.looks_elsewhere else None
         ways = [] if propagation is None else ["What other frames show is taken from there."]
-        ways += ["The rest is filled by a model of the clip itself."] if painter.fitted else []
+        if painter.fitted:
+            length = fill.fit_length or FitLength(seconds=SECONDS[pick_device(job.device).type])
+            ways += [f"The rest is painted by a small model that is first trained on the clip, {length}."]
         if inpainter is not None:
             ways += [
                 f"Windows of {inpainter.length} frames, stride {inpainter.stride}, at "
@@ -142,6 +156,19 @@ def plan_render(
         )
 
 
+def _check_label(settings: Settings, options: Mapping[str, Any], painter: Painter) -> None:
+    """Refuse a label where no model is told of it."""
+    label = settings.render.label
+    if label is None:
+        if (guidance := options.get("guidance")) is not None:
+            raise UsageError(f"--guidance {guidance:g} says how far a label is followed: give --label NAME, too.")
+    elif painter.model is None:
+        raise UsageError(
+            f"--label {label}: no model that knows labels is asked here; give one trained with model.labels = data as "
+            "--checkpoint."
+        )
+
+
 def _initial(checkpoint: str | None) -> str:
     return "" if checkpoint is None else initial_sha256(checkpoint)
 
@@ -162,6 +189,7 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
     Raises:
         UsageError, DataError, Stopped: see `render_inpaint.render`.
     """
+    began = time.monotonic()
     inpainter, propagation = plan.inpainter, plan.propagation
     stride = 1 if inpainter is None else inpainter.stride
     identity = render_identity(plan.source, plan.weights, plan.settings, plan.mask.request, stride)
@@ -197,10 +225,20 @@ def run_render(job: Job, plan: Plan) -> RenderResult:
         shutil.rmtree(run.directory / WORK, ignore_errors=True)
         run.finish(clip=str(plan.source.path), mask=result.mask, checkpoint=plan.checkpoint)
     say(
-        f"Done in {format_seconds(result.seconds)}: {result.video}. {describe_figures(result)} "
-        "Pictures and report.html lie beside it."
+        f"Done in {format_seconds(time.monotonic() - began)}: {result.video}. {describe_figures(result)} "
+        f"{_next(plan, result)}"
     )
     return result
+
+
+def _next(plan: Plan, result: RenderResult) -> str:
+    """What to look at and what to try where it is not right, as the end of the last line."""
+    text = "Look at report.html beside it."
+    if plan.removal:
+        text += f" If an edge of the thing is left: --dilate {plan.mask.request.growth + 4}."
+        if plan.fit is not None and plan.fit.fit == "auto" and result.modelled_share > PAINTED:
+            text += " If what was painted is soft: --fit 10m."
+    return text
 
 
 def _fitted(job: Job, plan: Plan, check: Callable[[], None]) -> Plan:
@@ -261,12 +299,14 @@ def _survey(mask: ClipMask, frames: int) -> tuple[float, list[int]]:
     """Share of the clip that is hidden, and the frames concerned; refuses a mask that hides nothing or everything."""
     total = hidden = 0
     touched = []
-    for number in range(frames):
-        one = mask(number)
-        count = int(np.count_nonzero(one))
-        hidden, total = hidden + count, total + one.size
-        if count:
-            touched.append(number)
+    with progress(frames, "mask", "frames") as line:
+        for number in range(frames):
+            one = mask(number)
+            count = int(np.count_nonzero(one))
+            hidden, total = hidden + count, total + one.size
+            if count:
+                touched.append(number)
+            line.update(1)
     if hidden == 0:
         read = f" ({' '.join(mask.notes)})" if mask.notes else ""
         raise UsageError(f"--mask {mask.request} hides nothing of the clip{read}; choose what to inpaint.")

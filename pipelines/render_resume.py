@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffmae_video.config import Settings
-from diffmae_video.files import sha256_of, write_atomic
+from diffmae_video.files import UNREADABLE_ARRAY, sha256_of, write_atomic
 from diffmae_video.mask_text import MaskRequest
 from diffmae_video.rendering.fillers import Taken
 from diffmae_video.rendering.inpaint import Sampled, Trajectory
@@ -34,7 +33,7 @@ class WindowFiles:
             with np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
                 trajectory = Trajectory(tuple(file["steps"].tolist()), file["states"]) if "steps" in file else None
                 return Sampled(file["results"], file["first"], trajectory)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        except UNREADABLE_ARRAY:
             return None
 
     def save(self, key: str, sampled: Sampled) -> None:
@@ -61,7 +60,7 @@ class TakenFiles:
                 shape = tuple(file["shape"].tolist())
                 seen = np.unpackbits(file["seen"], count=int(np.prod(shape))).view(bool).reshape(shape)
                 return Taken(seen, file["rgb"], float(file["confidence"]))
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        except UNREADABLE_ARRAY:
             return None
 
     def save(self, number: int, taken: Taken) -> None:
@@ -89,7 +88,7 @@ def render_identity(
     for file in files:
         digest.update(bytes.fromhex(sha256_of(file)))
     render = settings.render.model_dump(exclude={"mask"})
-    asked = [mask.texts, mask.track, mask.dilate, mask.invert, *(["follow"] if mask.follow else [])]
+    asked = [mask.texts, mask.track, mask.growth, mask.invert, *(["follow", mask.sam] if mask.follow else [])]
     facts = [weights, render, settings.seed, asked, stride, str(source.fps)]
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
     return {"kind": "render", "data": digest.hexdigest()}

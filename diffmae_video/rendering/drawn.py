@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from diffmae_video.data.images import open_image
 from diffmae_video.data.media import read_head
 from diffmae_video.errors import DataError, UsageError
+from diffmae_video.files import UNREADABLE_ARRAY
 from diffmae_video.mask_text import Extent
 from diffmae_video.rendering.source import VideoSource, list_images
 
@@ -177,7 +178,7 @@ def _read_array(path: Path, shape: Extent) -> FrameMask:
     """A .npy file: bool (T, H, W) for each frame or (H, W) for all, True = hidden; it stays on disk."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE_ARRAY as error:
         raise DataError(f"--mask {path} is no NumPy array ({error}); write it with numpy.save.") from error
     try:
         return mask_of_array(array, shape.frames, (shape.height, shape.width))

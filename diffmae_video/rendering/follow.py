@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from diffmae_video.rendering.follower import SIDE, Follower
+from diffmae_video.rendering.follower import SIDE, Follower, at_edge
 from diffmae_video.rendering.frame_store import shrunk
 from diffmae_video.rendering.motion import one_thread
+from diffmae_video.rendering.moving import Scene
+
+SIZES = 3.0
+"""Change of an object's area since it was marked above which somebody should look."""
 
 
 @dataclass
@@ -88,11 +92,12 @@ def follow_object(
         found.set(number, keys[number])
     told = _Teller(found.notes, again, fps)
     progress(len(numbers))
+    scene = Scene(frames)
     with one_thread():
-        _Walk(frames, keys, numbers[0], -1, found, progress).go(first, told)
+        _Walk(frames, scene, keys, numbers[0], -1, found, progress).go(first, told)
         for left, right in itertools.pairwise(numbers):
             middle = (left + right) // 2
-            ahead, behind = (_Walk(frames, keys, *start, found, progress) for start in ((left, 1), (right, -1)))
+            ahead, behind = (_Walk(frames, scene, keys, *start, found, progress) for start in ((left, 1), (right, -1)))
             ahead.go(middle)
             behind.go(middle + 1)
             if ahead.lost and not behind.lost:
@@ -101,7 +106,9 @@ def follow_object(
                 ahead.go(behind.at - 1, told)
             elif ahead.lost:
                 told.lost(ahead, behind.at - 1)
-        _Walk(frames, keys, numbers[-1], 1, found, progress).go(last, told)
+        _Walk(frames, scene, keys, numbers[-1], 1, found, progress).go(last, told)
+    for number in numbers:
+        told.sizes(found, number, [n for n in found.packed if min(numbers, key=lambda key: abs(key - n)) == number])
     return found
 
 
@@ -111,16 +118,18 @@ class _Walk:
     def __init__(
         self,
         frames: Sequence[np.ndarray],
+        scene: Scene,
         keys: Mapping[int, np.ndarray],
         key: int,
         step: int,
         found: Followed,
         progress: Callable[[int], None],
     ) -> None:
-        self.frames, self.step, self.found, self.progress = frames, step, found, progress
+        self.frames, self.scene, self.step, self.found, self.progress = frames, scene, step, found, progress
         self.at, self.key, self.empty = key, key, not keys[key].any()
         rgb = shrunk(frames[key], SIDE)
-        self.follower = Follower(rgb, resized(keys[key], rgb.shape[:2]))
+        hidden = resized(keys[key], rgb.shape[:2])
+        self.follower = Follower(rgb, hidden, scene.moving(key, hidden.shape))
 
     @property
     def lost(self) -> str | None:
@@ -130,7 +139,8 @@ class _Walk:
         """Follow up to a frame, that one included; say so where the object is lost before."""
         while not self.lost and (until - self.at) * self.step > 0:
             if not self.empty:
-                hidden = self.follower.step(shrunk(self.frames[self.at + self.step], SIDE))
+                rgb = shrunk(self.frames[self.at + self.step], SIDE)
+                hidden = self.follower.step(rgb, self.scene.moving(self.at + self.step, rgb.shape[:2]))
                 if self.lost:
                     break
                 self.found.set(self.at + self.step, resized(hidden, self.found.shape))
@@ -145,6 +155,24 @@ class _Teller:
     notes: list[str]
     again: str
     fps: float | None
+
+    def sizes(self, found: Followed, key: int, near: list[int]) -> None:
+        """Say so where what was followed is much smaller or larger than what was marked in a frame.
+
+        Args:
+            near: frames in which the object is seen and whose nearest mark is in frame `key`.
+        """
+        areas = {n: float(hidden.sum()) for n in near if not at_edge(hidden := found(n))}
+        marked = float(found(key).sum())
+        small = [n for n, area in areas.items() if area * SIZES < marked]
+        large = [n for n, area in areas.items() if area > marked * SIZES]
+        for odd, words in ((small, "less than a third as large as"), (large, "more than three times as large as")):
+            if odd:
+                when = f" ({min(odd) / self.fps:.2f} s)" if self.fps else ""
+                self.notes.append(
+                    f"What is followed is {words} what was marked in frame {key}, in {len(odd)} of the frames, first "
+                    f"in {min(odd)}{when}: look whether all of the object is hidden there; if not, {self.again}."
+                )
 
     def lost(self, walk: _Walk, until: int) -> None:
         """Say where it was lost on the way to a frame."""

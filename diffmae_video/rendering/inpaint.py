@@ -20,6 +20,7 @@ from diffmae_video.config import RenderSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.masking import Mask
 from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.labels import find_label
 from diffmae_video.models.patches import denormalize_pixels, normalize_pixels
 from diffmae_video.rendering.drawn import FrameMask, mask_of_array
 from diffmae_video.rendering.frames import Frame
@@ -91,6 +92,9 @@ class Inpainter:
         store: keeps finished batches, to continue after an interruption.
         between_steps: called between denoising steps; what it raises (a signal has asked to stop) ends the stream.
 
+    Raises:
+        UsageError: `render.label` is no class that the model knows.
+
     Attributes:
         windows: windows filled so far.
         restored: batches of clips taken from the store instead of sampled.
@@ -117,6 +121,7 @@ class Inpainter:
         self.grid = (self.length // self.tubelet, height // patch, width // patch)
         self.device = next(model.parameters()).device
         swap_kernels(model, self.device, self.settings.precision)
+        self.label = None if self.settings.label is None else find_label(model, self.settings.label)
         self.windows = self.restored = 0
         self.trajectory: Trajectory | None = None
 
@@ -256,6 +261,8 @@ class Inpainter:
                 sampler=settings.sampler,
                 steps=settings.steps,
                 eta=settings.eta,
+                labels=None if self.label is None else [self.label] * len(batch.clips),
+                guidance=settings.guidance,
             ):
                 self.between_steps()
                 last = step

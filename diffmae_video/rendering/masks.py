@@ -75,8 +75,8 @@ class ClipMask:
             self.parts.append(_read_track(request.track, shape))
         if not self.parts:
             raise UsageError(f"No mask was given; write --mask {FORMS}.")
-        side = 2 * request.dilate + 1
-        self.kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) if request.dilate else None
+        side = 2 * request.growth + 1
+        self.kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) if request.growth else None
 
     def __call__(self, number: int) -> np.ndarray:
         """What is hidden in a frame: bool (H, W)."""

@@ -121,6 +121,33 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
+def captioned_grid(
+    pictures: Sequence[np.ndarray | None], captions: Sequence[str], columns: int = 8, side: int = 128
+) -> np.ndarray:
+    """A grid of pictures of any size, each above its caption.
+
+    Args:
+        pictures: uint8 (H, W, 3), scaled to fit a square, upwards by a whole number; None where one could not be read.
+        captions: of each.
+        columns: pictures in a row, at most.
+        side: pixels of a square.
+    """
+    cells = []
+    for picture, caption in zip(pictures, captions, strict=True):
+        if picture is None:
+            square = label_strip(["unreadable"], [side], side)
+        else:
+            scale = side / max(picture.shape[:2])
+            scale = scale if scale < 1 else int(scale)  # whole pixels
+            height, width = (max(1, round(n * scale)) for n in picture.shape[:2])
+            square = _pad(fit(picture, (height, width)), (side, side))
+        cells.append(np.concatenate([square, label_strip([caption], [side], 18)]))
+    columns = min(columns, len(cells))
+    cells += [np.full_like(cells[0], PAPER)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
 def clip_strips(clips: Sequence[Tensor], captions: Sequence[str], frames: int = 6) -> np.ndarray:
     """A contact sheet with a row for each clip uint8 (T, C, H, W): evenly spread frames beside a caption."""
     rows = []

@@ -41,6 +41,7 @@ class VideoSource:
         fps: frames a second.
         time_base: seconds per unit of time.
         kind: `video`, `image` or `folder`.
+        interlaced: frames hold two fields; they are taken as they are.
         pixel_aspect: width of a displayed pixel by its height; frames keep the grid of pixels that the file has.
 
     Raises:
@@ -49,7 +50,7 @@ class VideoSource:
 
     def __init__(self, path: Path | str, fps: float = 24.0) -> None:
         self.path = Path(path)
-        self.pixel_aspect = Fraction(1)
+        self.pixel_aspect, self.interlaced = Fraction(1), False
         self.video: Video | None = None
         if self.path.is_dir():
             self._open_images(list_images(self.path), Fraction(fps).limit_denominator(1001))
@@ -84,7 +85,7 @@ class VideoSource:
         self.width, self.height = self.display.size(codec.width, codec.height)
         self.fps, self.counted = self.video.rate, self.video.counts_frames
         self.time_base = 1 / self.fps if self.counted else Fraction(stream.time_base or Fraction(1, 1000))
-        self.has_audio = info.has_audio
+        self.has_audio, self.interlaced = info.has_audio, info.interlaced
         if self.frames == 0 or next(iter(self.video.decode_all()), None) is None:
             self.close()
             raise DataError(f"{self.path} has no frame that can be decoded; replace or remove it.")

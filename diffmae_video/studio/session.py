@@ -150,7 +150,7 @@ class Session:
         height, width = clip.size
         hidden = np.zeros(clip.size, dtype=bool)
         hidden[int(top * height) : math.ceil(bottom * height), int(left * width) : math.ceil(right * width)] = True
-        self._set(number, self.mask(number) | find_in_box(clip.frames[number], hidden))
+        self._set(number, self.mask(number) | find_in_box(clip.frames, number, hidden))
 
     def forget(self, number: int) -> None:
         """Take back what was marked in a frame; what was followed to it counts again."""

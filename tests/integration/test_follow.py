@@ -12,9 +12,11 @@ from PIL import Image
 
 from diffmae_video.cli.app import run
 from diffmae_video.config import DiffusionSettings, ModelSettings
+from diffmae_video.mask_text import MaskRequest
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.weights import save_model
 from diffmae_video.rendering.masks import ClipShape, build_mask
+from diffmae_video.rendering.sam import follow_with_sam, load_sam
 from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import VideoWriter
 
@@ -57,6 +59,7 @@ def read_back(path: str) -> list[np.ndarray]:
 
 def render(model: Path, *arguments: str) -> int:
     common = ["--checkpoint", str(model), "--stride", "1", "--steps", "1", "--lossless"]
+    common += [] if "--dilate" in arguments else ["--dilate", "0"]
     return run(["render-inpaint", "clip.mkv", *common, *arguments])
 
 
@@ -79,8 +82,24 @@ def test_an_object_marked_once_is_rendered_everywhere_and_its_mask_is_kept(
     assert all(np.array_equal(one.rgb, two.rgb) for one, two in zip(after, again, strict=True))
 
     assert render(model, "--mask", "box:14,10,26,24@3", "--follow", "--out", "box") == 0
+    assert "the object in frame 3" in capsys.readouterr().out
     found = read_back("box/mask.mp4")
     assert all((one & two).sum() / (one | two).sum() > 0.7 for one, two in zip(found, truth, strict=True))
+
+
+def test_a_box_in_which_nothing_stands_out_is_followed_whole_and_says_so(
+    truth: list[np.ndarray], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert render(model, "--mask", "box:40,34,20,12@0", "--follow", "--dry-run") == 0
+    assert "nothing stands out in the box, so all of it is followed in frame 0" in capsys.readouterr().out
+
+
+def test_what_is_followed_grows_over_its_blurred_edge_unless_told_otherwise() -> None:
+    assert MaskRequest(("object.png",), follow=True).growth == 4
+    assert MaskRequest(("object.png",), follow=True, dilate=0).growth == 0
+    assert MaskRequest(("object.png",), follow=True, invert=True).growth == 0
+    assert MaskRequest(("object.png",)).growth == 0
+    assert MaskRequest(("object.png",), dilate=3).growth == 3
 
 
 @pytest.mark.parametrize(
@@ -100,3 +119,23 @@ def test_what_marks_no_object_is_refused(
     assert render(model, *masks, "--follow", "--out", "out") in (2, 3)
     assert says in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_sam_follows_where_its_weights_are_named(
+    truth: list[np.ndarray], model: Path, sam_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(truth[3]).save("object.png")
+    assert render(model, "--mask", "object.png@3", "--sam", str(sam_folder), "--out", "out") == 2
+    assert "add --follow" in capsys.readouterr().err
+    assert render(model, "--mask", "object.png@3", "--follow", "--sam", str(sam_folder), "--out", "out") == 0
+    assert f"It was followed by {sam_folder}." in capsys.readouterr().out
+    frames = [frame.rgb for frame in VideoSource(Path("clip.mkv"))]
+    expected = follow_with_sam(load_sam(str(sam_folder)), frames, {3: truth[3]})
+    for number, found in enumerate(read_back("out/mask.mp4")):
+        assert (found != expected(number)).mean() < 0.01  # the masks of random weights are noise, which a video changes
+    assert render(model, "--mask", "box:16,12,20,20@3", "--follow", "--sam", str(sam_folder), "--out", "box") == 0
+    box = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    box[12:32, 16:36] = True
+    expected = follow_with_sam(load_sam(str(sam_folder)), frames, {}, {3: box})
+    for number, found in enumerate(read_back("box/mask.mp4")):
+        assert (found != expected(number)).mean() < 0.01

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,37 @@ def test_a_stopped_fit_continues_and_ends_in_the_same_video(clip: Path, monkeypa
     assert Path("runs/fit-002").is_dir()
     names = ("inpainted.mkv", "sheet.png")
     assert all((Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes() for name in names)
+
+
+KILLED = """
+import os, signal
+from diffmae_video.cli.app import main
+from diffmae_video.training.clip_fit import FitStream
+sample = FitStream.sample
+def sample_or_die(stream, number):
+    if number == 8:  # the fifth step: two checkpoints are on disk
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sample(stream, number)
+FitStream.sample = sample_or_die
+main()
+"""
+
+
+def test_a_killed_fit_continues_and_ends_in_the_same_video(clip: Path) -> None:
+    with Path("small.toml").open("a", encoding="utf-8") as file:
+        file.write("checkpoint_every = 2\n")
+    arguments = ["render-inpaint", str(clip), "--fit", "6steps", "--set", "render.fit_recipe=small.toml", "--lossless"]
+    arguments += ["--device", "cpu", "--mask", BOX]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(Path("runs/fit-001/checkpoints").iterdir())
+    assert not Path("runs/render-001/inpainted.mkv").exists()
+    assert run(arguments) == 0
+    assert [path.name for path in sorted(Path("runs").iterdir())] == ["fit-001", "render-001"]
+    assert run([*arguments, "--resume", "never", "--out", "whole"]) == 0
+    assert Path("runs/fit-002").is_dir()
+    one, two = (Path(at) / "inpainted.mkv" for at in ("runs/render-001", "whole"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_no_model_is_made_where_other_frames_show_all_of_it(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

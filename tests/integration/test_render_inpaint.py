@@ -34,6 +34,8 @@ from diffmae_video.rendering.source import VideoSource
 from diffmae_video.rendering.writers import VideoWriter
 from diffmae_video.training.run import lock
 
+from ..data.clips import make_video
+
 HEIGHT, WIDTH, COUNT = 36, 52, 10
 
 
@@ -73,6 +75,17 @@ def render(clip: Path, model: Path, *arguments: str) -> int:
 
 def pixels(path: Path) -> np.ndarray:
     return np.stack([frame.rgb for frame in VideoSource(path)])
+
+
+def test_a_label_needs_a_model_that_knows_it(clip: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, message in (
+        (["--guidance", "3"], "give --label NAME, too"),
+        (["--label", "jump"], "was trained without labels"),
+        (["--label", "jump", "--fit", "2steps"], "no model that knows labels is asked"),
+    ):
+        assert render(clip, model, "--mask", "box:0,0,8,8", "--out", "out", *words) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_everything_is_written(clip: Path, model: Path) -> None:
@@ -209,6 +222,8 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
 def test_missing_model_and_clip(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["render-inpaint", str(clip), "--fit", "off"]) == 2
     assert "diffmae pretrain --video" in capsys.readouterr().err
+    assert run(["render-inpaint", str(clip)]) == 2  # no minutes of training for a mask that nobody asked for
+    assert "Nothing says what should go: give --mask" in capsys.readouterr().err
     assert render(Path("gone.mp4"), model, "--mask", "center") == 3
     Path("text.mp4").write_text("hello")
     assert render(Path("text.mp4"), model, "--mask", "center") == 3
@@ -217,6 +232,18 @@ def test_missing_model_and_clip(clip: Path, model: Path, capsys: pytest.CaptureF
     assert render(clip, model, "--mask", "center", "--out", "used") == 2
     assert sorted(path.name for path in Path("used").iterdir()) == ["file"]
     assert not Path("runs").exists()
+
+
+def test_interlaced_clips_are_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, params in (("plain", ""), ("fields", "tff=1")):
+        for name in ("a", "b"):
+            make_video(tmp_path / folder / f"{name}/{name}.mp4", frames=4, options={"x264-params": params})
+        assert run(["shard", str(tmp_path / folder), str(tmp_path / f"{folder}-shards")]) == 0
+        told = "2 clips are interlaced and stay so" in capsys.readouterr().out
+        assert told == bool(params)
+        words = ["--mask", "center", "--dry-run"]
+        assert render(tmp_path / folder / "a/a.mp4", model, *words) == 0
+        assert ("is interlaced" in capsys.readouterr().out) == bool(params)
 
 
 def test_a_dry_run_makes_nothing(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,6 +362,40 @@ def test_a_removal_with_a_model_stopped_and_continued_equals_one_that_was_not(
     assert 0 < one["propagated_share"] < 1
     assert one["modelled_share"] > 0
     assert one["propagated_share"] + one["modelled_share"] + one["classical_share"] == pytest.approx(1)
+
+
+KILLED = """
+import os, signal, sys
+from diffmae_video.cli.app import main
+from diffmae_video.pipelines.render_resume import TakenFiles
+save = TakenFiles.save
+def save_then_die(self, number, taken):
+    save(self, number, taken)
+    if number == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+TakenFiles.save = save_then_die
+main()
+"""
+
+
+def test_a_removal_killed_and_continued_equals_one_that_was_not(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the process when SIGKILL comes; what was taken from other frames is on disk."""
+    arguments = ["render-inpaint", str(clip), "--track", TRACK, "--propagate", "only", "--lossless"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL
+    kept = {path.stem: path.read_bytes() for path in Path("runs/render-001/.work/taken").glob("*.npz")}
+    assert set(kept) == {str(number) for number in range(7)}
+    assert not Path("runs/render-001/inpainted.mkv").exists()
+    saved: list[int] = []
+    save = TakenFiles.save
+    with monkeypatch.context() as patch:
+        patch.setattr(TakenFiles, "save", lambda *given: (saved.append(given[1]), save(*given)))
+        assert run(arguments) == 0
+    assert saved == [7, 8, 9]  # the others were not computed again
+    assert not list(Path("runs/render-001").glob(".*"))
+    assert run([*arguments, "--resume", "never", "--out", "whole"]) == 0
+    for name in ("inpainted.mkv", "comparison.mp4", "sheet.png"):
+        assert (Path("runs/render-001") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
 
 
 def test_a_folder_in_use_is_left_alone(clip: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

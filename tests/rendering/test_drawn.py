@@ -26,6 +26,18 @@ def clip_mask(path: Path, frames: int = 3) -> ClipMask:
     return build_mask([str(path)], ClipShape(HEIGHT, WIDTH, frames, 10.0, (1, 3, 4), 2))
 
 
+@pytest.mark.parametrize("old", [b"'fortran_order'", b"}", b"(3, 48", b"|b1", b"NUMPY"])
+@pytest.mark.parametrize("new", [b"(", b"'", b"99999999999", b"\x00", b"\xff"])
+def test_damaged_arrays_are_one_sentence(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "mask.npy"
+    np.save(path, np.repeat(OBJECT[None], 3, axis=0))
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new.ljust(len(old))[: len(old)], 1))
+    with pytest.raises(DataError, match=r"mask\.npy is no NumPy array"):
+        clip_mask(path)
+
+
 def labels(*values: int) -> np.ndarray:
     """A label map with the two objects."""
     picture = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffmae_video.evaluation.metrics import mistakes
 from diffmae_video.rendering.figures import confusion_figure, sweep_figure
-from diffmae_video.rendering.sheet import clip_strips
+from diffmae_video.rendering.sheet import captioned_grid, clip_strips
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -47,3 +47,16 @@ def test_sweep_is_drawn() -> None:
 def test_most_confident_mistakes_first() -> None:
     probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [1.0, 0.0]])
     assert mistakes(probabilities, torch.tensor([1, 0, 1, 0])) == [1, 0]
+
+
+def test_a_captioned_grid_fits_pictures_into_squares_and_fills_its_last_row() -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    large, small, wide = (
+        np.full((*size, 3), c, np.uint8) for size, c in zip([(200, 200), (10, 20), (40, 400)], colours, strict=True)
+    )
+    page = captioned_grid([large, small, wide, None, large], ["a", "b", "c", "d", "e"], columns=3, side=100)
+    assert page.shape == (2 * 118, 300, 3)
+    counts = [int((page[:118, 100 * n : 100 * n + 100] == c).all(-1).sum()) for n, c in enumerate(colours)]
+    assert counts == [100 * 100, 50 * 100, 10 * 100]
+    assert len(np.unique(page[118:218, :100].reshape(-1, 3), axis=0)) > 1, "the unreadable one says so"
+    assert len(np.unique(page[118:, 200:].reshape(-1, 3), axis=0)) == 1, "nothing stands after the last picture"

@@ -23,12 +23,12 @@ def texture(seed: int, size: int, low: int, high: int) -> np.ndarray:
 
 
 @cache
-def scene(view: int = 0, pace: float = 3.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def scene(view: int = 0, pace: float = 3.0, growth: float = 0.4) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Frames and masks: a dark ball that grows and moves to the right, over a bright place whose view moves left."""
     wide, skin = texture(view, 256, 90, 255), texture(90, 128, 0, 120)
     frames, masks = [], []
     for n in range(COUNT):
-        x, radius = 35 + pace * n, 15 + 0.4 * n
+        x, radius = 35 + pace * n, (15 if growth > 0 else 22) + growth * n
         y, columns = np.mgrid[:HEIGHT, :WIDTH]
         inside = (columns - x) ** 2 + (y - 48) ** 2 < radius**2
         frame = wide[60 : 60 + HEIGHT, 20 + 2 * n : 20 + 2 * n + WIDTH].copy()
@@ -99,6 +99,22 @@ def test_the_next_mark_takes_over_where_one_is_lost() -> None:
     assert min(agreement(found, masks)[2:]) > 0.85  # frames 2 to 6 are nearer to the first mark
 
 
+def test_it_is_said_where_what_is_followed_is_much_smaller_or_larger_than_what_was_marked() -> None:
+    frames, masks = scene(growth=-1.0)
+    areas = [int(one.sum()) for one in masks]
+    small = follow_object(frames, {0: masks[0]}, fps=10.0, again="mark it")
+    first = next(n for n in range(COUNT) if 3 * small(n).sum() < areas[0])
+    assert small.notes == [
+        f"What is followed is less than a third as large as what was marked in frame 0, in {COUNT - first} of the "
+        f"frames, first in {first} ({first / 10:.2f} s): look whether all of the object is hidden there; if not, mark "
+        "it."
+    ]
+    large = follow_object(frames, {COUNT - 1: masks[-1]})
+    assert len(large.notes) == 1
+    assert "more than three times as large as what was marked in frame 13" in large.notes[0]
+    assert follow_object(frames, {0: masks[0], COUNT - 1: masks[-1]}).notes == []  # a second mark looks at it
+
+
 def test_what_is_marked_must_lie_in_the_clip() -> None:
     with pytest.raises(ValueError, match="mark one among them"):
         follow_object(scene()[0], {COUNT: NOTHING})
@@ -109,10 +125,11 @@ def test_a_box_finds_what_stands_out_in_it() -> None:
     box = NOTHING.copy()
     rows, columns = (np.flatnonzero(masks[3].any(axis)) for axis in (1, 0))
     box[rows[0] - 3 : rows[-1] + 4, columns[0] - 3 : columns[-1] + 4] = True
-    found = object_in_box(frames[3], box)
+    nothing = np.zeros((HEIGHT, WIDTH), np.float32)
+    found = object_in_box(frames[3], box, nothing)
     assert (found & masks[3]).sum() / (found | masks[3]).sum() > 0.85
     plain = np.full_like(frames[3], 128)
-    np.testing.assert_array_equal(object_in_box(plain, box), box)  # nothing stands out: all of the box
+    np.testing.assert_array_equal(object_in_box(plain, box, nothing), box)  # nothing stands out: all of the box
 
 
 def test_a_store_gives_frames_in_any_order() -> None:

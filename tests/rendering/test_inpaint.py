@@ -268,3 +268,20 @@ def test_answers_that_are_not_finite_are_refused(model: DiffMAE) -> None:
 def test_wrong_tensors_are_refused(model: DiffMAE) -> None:
     with pytest.raises(ValueError, match="uint8"):
         inpaint(model, video(4).float(), box(4))
+
+
+def test_a_label_is_followed_by_name(model: DiffMAE) -> None:
+    told = DiffMAE(model.settings.model_copy(update={"labels": 2})).eval()
+    told.info["classes"] = ["left", "right"]
+    with torch.no_grad():
+        told.decoder.label_embed.weight.normal_(generator=torch.Generator().manual_seed(0))
+    clip, mask = video(4), box(4)
+    free, left, right, far = (
+        inpaint(told, clip, mask, settings=RenderSettings(steps=2, label=label, guidance=guidance))
+        for label, guidance in ((None, 1.0), ("left", 1.0), ("right", 1.0), ("right", 3.0))
+    )
+    assert not any(torch.equal(one, other) for one, other in ((free, left), (left, right), (right, far)))
+    with pytest.raises(UsageError, match="did you mean right"):
+        inpaint(told, clip, mask, settings=RenderSettings(label="rihgt"))
+    with pytest.raises(UsageError, match="trained without labels"):
+        inpaint(model, clip, mask, settings=RenderSettings(label="left"))
