@@ -16,6 +16,7 @@ from diffmae_video.cli import demo, recognition, render, shard, studio, study, s
 from diffmae_video.cli.options import STYLE
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.files import printable
+from diffmae_video.threads import share_cores
 from diffmae_video.training.signals import Interruption, interruptible
 
 # Typer carries its own copy of click since 0.26 and used click's before: take the class from where it is
@@ -180,7 +181,11 @@ def main() -> None:
     os.environ.setdefault(
         "PYTHONSAFEPATH", "1"
     )  # processes that it starts import nothing from the folder one stands in
-    code = run()
+    share_cores(os.environ)
+    try:
+        code = run()
+    except KeyboardInterrupt:  # one more while the first was being told
+        code = 130
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a late Ctrl-C has nothing left to interrupt
     sys.exit(code)
 

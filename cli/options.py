@@ -52,6 +52,12 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", help="Folder for the results; a new one under runs/ by default."),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder for the results; by default one under .diffmae/features/, named after what is computed."
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and make nothing.")]
 DataOption = Annotated[
     str | None,
@@ -99,6 +105,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "recipe": (RecipeOption, "auto"),
     "overrides": (SetOption, None),
     "out": (OutOption, None),
+    "out:cache": (CacheOption, None),
     "seed": (SeedOption, None),
     "device": (DeviceOption, Device.auto),
     "nproc": (NprocOption, 1),

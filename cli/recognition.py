@@ -29,6 +29,13 @@ class ProbeProtocol(str, Enum):
     knn = "knn"
 
 
+class TestProtocol(str, Enum):
+    """What classifies."""
+
+    head = "head"
+    denoise = "denoise"
+
+
 @shares("data", "recipe", "overrides", "out", "seed", "device", "nproc", "resume", "dry_run", "device_memory")
 def finetune(
     task: TaskOption,
@@ -63,6 +70,14 @@ def evaluate(
         str | None,
         typer.Option("--masks", help="For inpaint: random:0.75,center,tube:0.9,frames,future."),
     ] = None,
+    protocol: Annotated[
+        TestProtocol | None,
+        typer.Option(
+            "--protocol",
+            help="Classify by the trained head (the default), or by the label under which a pre-training with "
+            "model.labels denoises best.",
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Test on a task: multi-view classification, `--task inpaint`, or `--task propagate` (objects followed, DAVIS).
@@ -71,10 +86,11 @@ def evaluate(
     """
     from diffmae_video.pipelines import evaluate as stage
 
-    stage.evaluate_task(job_of(options), task, views=views, masks=masks)
+    chosen = None if protocol is None else protocol.value
+    stage.evaluate_task(job_of(options), task, views=views, masks=masks, protocol=chosen)
 
 
-@shares("checkpoint", "data", "overrides", "out", "device", "nproc", "dry_run")
+@shares("checkpoint", "data", "overrides", "out:cache", "device", "nproc", "dry_run")
 def features(
     split: Annotated[
         list[str] | None,
@@ -89,7 +105,7 @@ def features(
 ) -> None:
     """Write the encoder's features of a data set: safetensors with a parquet table of keys and labels.
 
-    Example: diffmae features --data shards/k400 --split val
+    Example: diffmae features --split val --out features/
     """
     from diffmae_video.pipelines.features import extract_features
 

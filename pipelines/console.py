@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,10 +55,15 @@ def listen(callback: Callable[[Step], None]) -> Iterator[None]:
 
 
 def console() -> Console:
-    """The console of this moment's stdout (tests and notebooks replace stdout); off a terminal, lines do not wrap."""
-    made = Console(highlight=False, soft_wrap=True)
+    """The console of this moment's stdout (tests and notebooks replace stdout); off a terminal, lines do not wrap.
+
+    A notebook is no terminal, though its kernel sets FORCE_COLOR: it gets lines of text, no block of HTML for each.
+    """
+    terminal = None if getattr(sys.stdout, "isatty", bool)() else False
+    made = Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=terminal)
     if not made.is_terminal:
-        made = Console(highlight=False, soft_wrap=True, width=int(os.environ.get("COLUMNS", "160")))
+        width = int(os.environ.get("COLUMNS", "160"))
+        made = Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False, width=width)
     return made
 
 

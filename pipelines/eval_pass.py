@@ -19,10 +19,9 @@ from diffmae_video.evaluation.predictions import Predictions
 from diffmae_video.evaluation.records import PassStore
 from diffmae_video.evaluation.views import parse_views
 from diffmae_video.pipelines import console
-from diffmae_video.pipelines.classifiers import Loaded, load_classifier
+from diffmae_video.pipelines.classifiers import Loaded
 from diffmae_video.pipelines.eval_report import write_evaluation
 from diffmae_video.pipelines.evaluate import EvaluateResult
-from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.run import RunFolder
 from diffmae_video.pipelines.tasks import check_classes, default_views, view_settings
 from diffmae_video.training.distributed import Distributed
@@ -46,14 +45,16 @@ class EvaluationPlan:
 
 
 def plan_evaluation(
-    job: Job, source: str, manifest: Manifest, views: str | None, processes: Distributed
+    source: str, loaded: Loaded, manifest: Manifest, views: str | None, processes: Distributed
 ) -> EvaluationPlan:
-    """Load the model and decide what is computed, saying so.
+    """Decide what is computed, saying so.
+
+    Args:
+        loaded: the model of `source`, one that classifies.
 
     Raises:
         DataError: labels that do not fit the classifier, or a split without labels.
     """
-    loaded = load_classifier(source, processes.device, job.overrides, job.seed)
     settings = loaded.settings
     check_classes(source, loaded, manifest)
     split = manifest.held_out(settings.data.eval_split)
@@ -73,6 +74,7 @@ def plan_evaluation(
         "model": settings.model.model_dump(mode="json"),
         "precision": loaded.precision,
         "device": processes.device.type,
+        **({"draws": settings.evaluate.draws, "mask": settings.mask.model_dump()} if loaded.denoises else {}),
     }
     names, size = ",".join(map(str, protocols)), "x".join(map(str, settings.model.size))
     console.say(
@@ -80,6 +82,9 @@ def plan_evaluation(
         f"of {split}; {loaded.precision} on {processes.device.type}, {processes.world} "
         f"process{'es' if processes.world > 1 else ''}."
     )
+    if loaded.denoises:
+        count = settings.evaluate.draws * len(loaded.classes)
+        console.say(f"Protocol: denoise, {count} denoisings a view ({len(loaded.classes)} labels x draws).")
     block = videos_per_block(protocols, settings.evaluate.batch_views)
     data = settings.data
     dataset = SplitViews(manifest, split, spec, samples, block, data.cache_dir, data.cache_gib)
@@ -170,6 +175,7 @@ def conclude(plan: EvaluationPlan, store: PassStore, directory: Path) -> Evaluat
         "stride": dataset.settings.stride,
         "clip_seconds": dataset.settings.seconds,
         "protocol": dataset.settings.protocol,
+        "classified_by": "denoising" if plan.loaded.denoises else "head",
         "timing": dataset.settings.timing,
         "size": list(dataset.settings.size),
         "checkpoint": plan.source,

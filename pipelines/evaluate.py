@@ -31,7 +31,7 @@ class EvaluateResult:
     report: dict[str, Any]  # what eval.json holds
 
 
-def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | None:
+def evaluate(job: Job, task: str, views: str | None = None, protocol: str = "head") -> EvaluateResult | None:
     """Classify every video of the evaluation split, each decoded once for all its views.
 
     Args:
@@ -40,6 +40,8 @@ def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | 
             checkpoint. An unfinished evaluation of the same is continued.
         task: data set name.
         views: protocols such as `7x3` or `1x1,5x3`; the data set's usual ones by default.
+        protocol: `head`, the classifier's; or `denoise`, by what a pre-training with `model.labels` generates: the
+            label under which it denoises best (`evaluation.denoising`).
 
     Returns:
         The scores; also written as eval.json, predictions.parquet, classes.csv, confusion.png, mistakes.png and
@@ -49,12 +51,14 @@ def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | 
         UsageError, DataError: nothing to evaluate, labels that do not fit, too many unreadable videos.
     """
     job.resume_auto_or_never()
-    source, line = find_run("finetune", job.checkpoint, task)
+    denoise = protocol == "denoise"
+    source, line = find_run("pretrain" if denoise else "finetune", job.checkpoint, None if denoise else task)
     path, origin = find_task_shards(job, task)
     if launches(job):
-        return launch(evaluate, job, task, views)
+        return launch(evaluate, job, task, views, protocol)
     console.say(line)
 
+    from diffmae_video.pipelines.classifiers import load_classifier, load_denoiser
     from diffmae_video.pipelines.eval_pass import classify_split, conclude, plan_evaluation
     from diffmae_video.pipelines.tasks import open_task_shards
     from diffmae_video.training.distributed import start
@@ -62,7 +66,9 @@ def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | 
     manifest = open_task_shards(task, path, origin)
     console.say(f"Data: {manifest.root} ({origin}).")
     with start(job.device) as processes:
-        plan = plan_evaluation(job, source, manifest, views, processes)
+        load = load_denoiser if denoise else load_classifier
+        loaded = load(source, processes.device, job.overrides, job.seed)
+        plan = plan_evaluation(source, loaded, manifest, views, processes)
         if job.dry_run:
             return None
         with open_run(job, {"kind": "eval", "data": plan.fingerprint}, processes) as run:
@@ -74,7 +80,9 @@ def evaluate(job: Job, task: str, views: str | None = None) -> EvaluateResult | 
             return result
 
 
-def evaluate_task(job: Job, task: str, *, views: str | None = None, masks: str | None = None) -> None:
+def evaluate_task(
+    job: Job, task: str, *, views: str | None = None, masks: str | None = None, protocol: str | None = None
+) -> None:
     """`eval --task NAME`: the test that the task asks for, its result printed.
 
     Args:
@@ -82,6 +90,7 @@ def evaluate_task(job: Job, task: str, *, views: str | None = None, masks: str |
         task: a data set's name, `inpaint` or `propagate`.
         views: of classification, e.g. `7x3`.
         masks: of inpainting, e.g. `center,tube:0.9`.
+        protocol: of classification, `head` or `denoise`.
 
     Raises:
         UsageError: an option that is another test's.
@@ -89,9 +98,11 @@ def evaluate_task(job: Job, task: str, *, views: str | None = None, masks: str |
     if task not in ("inpaint", "propagate"):
         if masks is not None:
             raise UsageError(f"--masks {masks} is for --task inpaint: leave it out for --task {task}.")
-        if (result := evaluate(job, task, views)) is not None:
+        if (result := evaluate(job, task, views, protocol or "head")) is not None:
             print_evaluation(result)
         return
+    if protocol is not None:
+        raise UsageError(f"--protocol {protocol} is for classification: leave it out for --task {task}.")
     if views is not None:
         raise UsageError(f"--views {views} is for classification: leave it out for --task {task}.")
     if task == "propagate":

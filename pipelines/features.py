@@ -53,5 +53,9 @@ def extract_features(job: Job, splits: Sequence[str] = (), views: str = "1x1", t
         features = FeaturePass(processes, loaded, manifest, spec, tokens=tokens, folder=job.out)
         found = [features.of_split(split) for split in splits]
         for one in found:
-            console.say(f"{one.path}: {tuple(one.features.shape)}, {len(one.failed)} failed.")
+            size = " x ".join(map(str, one.features.shape[1:]))
+            console.say(
+                f"{one.path}: `features` of {len(one.features)} clips, {size} values each; {len(one.failed)} failed. "
+                f"{one.path.with_suffix('.parquet').name} beside it names the rows."
+            )
         return [one.path for one in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,8 @@ def finetune(job: Job, task: str, init: str = "auto", protocol: str | None = Non
                 run.finish(**facts)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     console.say(f"Done: {result.directory} ({shown}).")
+    if plan.settings.finetune.protocol != "knn":  # which leaves no classifier
+        console.say(f"Next: diffmae eval --task {shlex.quote(task)}.")
     return result
 
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from diffmae_video.config import Settings, load_settings, read_recipe, recipe_chain, recipe_names, with_overrides
+from diffmae_video.config.settings import DataSettings
 from diffmae_video.data.manifest import Manifest
+from diffmae_video.data.order import label_subset
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.encoder import Encoder
@@ -169,8 +171,8 @@ def describe_plan(plan: FinetunePlan, job: Job) -> None:
     """Say what will be done."""
     settings = plan.settings
     counts = f"{plan.manifest.splits[settings.data.split]} training videos of {len(plan.manifest.classes)} classes"
-    if settings.data.label_fraction < 1:
-        counts += f", {settings.data.label_fraction:.0%} of their labels"
+    if settings.data.label_fraction < 1 or settings.data.labels_per_class:
+        counts += f", {training_samples(plan.manifest, settings.data)} of their labels"
     size, train = "x".join(map(str, settings.model.size)), settings.train
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     work = f"{length} of {train.batch_size} clips"
@@ -182,6 +184,15 @@ def describe_plan(plan: FinetunePlan, job: Job) -> None:
     )
 
 
+def training_samples(manifest: Manifest, data: DataSettings) -> int:
+    """How many samples of the training split are used: those of `data.label_fraction` and `data.labels_per_class`."""
+    if data.label_fraction >= 1 and not data.labels_per_class:
+        return manifest.splits[data.split]
+    labels, seed = manifest.samples(data.split).label, 0  # the number is the same for every seed
+    chosen = label_subset(labels, data.label_fraction, data.labels_per_class, seed)
+    return manifest.splits[data.split] if chosen is None else max(1, len(chosen))
+
+
 def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
     """FLOPs, memory and hours of a fine-tuning, or of the pass over the data that a probe costs; shown as a table.
 
@@ -189,7 +200,7 @@ def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
     """
     settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
     world, splits = max(job.nproc, ranks_from_environment()[1]), [data.split]
-    samples = max(1, round(manifest.splits[data.split] * data.label_fraction))
+    samples = training_samples(manifest, data)
     if settings.finetune.protocol != "finetune":
         splits.append(data.eval_split)
         samples += manifest.splits[data.eval_split]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ class PretrainResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     plan: Plan | None = None
+    task: str | None = None
+    """Name of the labels of its data; None where there are none."""
 
 
 def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None, init: str = "scratch") -> PretrainResult:
@@ -89,7 +92,8 @@ def pretrain(job: Job, kind: Kind = "video", throughput: float | None = None, in
                 run.record(dataset=dataset, media=kind)
             raise
         run.record(dataset=dataset, media=kind)
-    return PretrainResult(run.directory, result.step, result.total, result.metrics, result.seconds)
+    labelled = dataset if classes else None
+    return PretrainResult(run.directory, result.step, result.total, result.metrics, result.seconds, task=labelled)
 
 
 def _expect_data(job: Job, kind: Kind) -> None:
@@ -115,3 +119,5 @@ def print_pretrain(result: PretrainResult) -> None:
         console.say(
             f"Done: step {result.step} of {result.total}{shown}; weights and report.html in {result.directory}."
         )
+        first = "diffmae features" if result.task is None else f"diffmae finetune --task {shlex.quote(result.task)}"
+        console.say(f"Look at report.html, then: {first}, or diffmae render-inpaint CLIP to see what it fills in.")

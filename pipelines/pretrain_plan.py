@@ -29,6 +29,7 @@ def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
     settings, line = resolve_settings(job, "pretrain", manifest=manifest, kind=kind)
     console.say(line)
     settings, manifests = find_data(settings, kind, job.data)
+    settings = _settle_labels(settings, manifests)
     recipe = line.removeprefix("Recipe: ").rpartition(" (")[0]  # a path may hold spaces
     return _fit_to_machine(settings, job.nproc), recipe, manifests
 
@@ -97,6 +98,25 @@ def _find_sources(settings: Settings, data: str | None) -> tuple[Settings, list[
         _need_split(manifest, settings.data.split)
     tables = tuple(source.model_dump(exclude_none=True) for source in sources)
     return with_overrides(settings, data={"sources": tables, "path": sources[0].path}), manifests
+
+
+def _settle_labels(settings: Settings, manifests: list[Manifest]) -> Settings:
+    """`model.labels = data` becomes the number of classes of the shards; raises UsageError where they do not fit."""
+    asked = settings.model.labels
+    if not asked:
+        return settings
+    if len(manifests) > 1:
+        raise UsageError("model.labels tells the decoder of the classes of one data set: leave it out for a mix.")
+    classes = len(manifests[0].classes)
+    if not classes:
+        raise UsageError(f"model.labels = {asked}: {manifests[0].root} has no labels; leave it out.")
+    if asked == "data":
+        return with_overrides(settings, model={"labels": classes})
+    if int(asked) < classes:
+        raise UsageError(
+            f"model.labels = {asked}: {manifests[0].root} has {classes} classes; take model.labels = data."
+        )
+    return settings
 
 
 def _need_split(manifest: Manifest, split: str) -> None:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,10 +46,10 @@ def probe(run: RunFolder, loaded: Loaded, manifest: Manifest, info: dict[str, An
     pool = "class" if settings.finetune.pool == "class" else "mean"
     features = FeaturePass(processes, loaded, manifest, spec, tokens=protocol == "attentive", pool=pool)
     labels = manifest.samples(settings.data.split).label
-    fraction = settings.data.label_fraction
-    subset = None if fraction == 1 and (labels >= 0).all() else label_subset(labels, fraction, settings.seed)
-    if subset is not None:
-        subset = subset[labels[subset] >= 0]
+    few = settings.data.label_fraction, settings.data.labels_per_class
+    subset = label_subset(labels, *few, settings.seed)
+    if subset is None and (labels < 0).any():
+        subset = np.flatnonzero(labels >= 0)
     train = features.of_split(settings.data.split, subset)
     held = manifest.samples(settings.data.eval_split).label >= 0
     chosen = None if held.all() else held.nonzero()[0]

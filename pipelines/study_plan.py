@@ -8,6 +8,7 @@ from pathlib import Path
 from diffmae_video.config import load_settings, with_overrides
 from diffmae_video.config.study import Cell, Grid, Study
 from diffmae_video.pipelines import console
+from diffmae_video.pipelines.finetune_plan import training_samples
 from diffmae_video.pipelines.study import is_done
 
 
@@ -66,7 +67,7 @@ def _plan(cell: Cell, grid: Grid, manifests: Mapping, device: str) -> tuple[floa
             before = grid.cells[cell.needs]
             trained = load_settings(before.recipe, "pretrain", before.overrides)
             settings = with_overrides(settings, model=trained.model.model_dump())
-        samples = round(chosen[0].splits.get(settings.data.split, 0) * settings.data.label_fraction)
+        samples = training_samples(chosen[0], settings.data) if settings.data.split in chosen[0].splits else 0
         plan = make_plan(
             settings,
             samples,

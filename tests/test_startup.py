@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SLOW = {"timm", "torchvision", "torch._dynamo", "torch._inductor", "sympy", "transformers", "matplotlib", "tensorboard"}
 WORDS = {
@@ -43,3 +47,29 @@ for words, code in {WORDS!r}.items():
     assert "torch" not in sys.modules, words
 print()"""
     _run(code, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' PyTorch has another OpenMP")
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "70"}, "70"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0"),
+        ({"OMP_WAIT_POLICY": "active"}, "30000000000"),
+    ],
+)
+def test_threads_of_the_command_line_wait_as_the_environment_says_else_shortly(
+    given: dict[str, str], turns: str, tmp_path: Path
+) -> None:
+    """OpenMP itself is asked: it prints its settings when it is loaded."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    code = "import sys; sys.argv = ['diffmae', 'doctor']; from diffmae_video.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        **{"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path},
+        env=clean | given | {"OMP_DISPLAY_ENV": "verbose"},
+    )
+    shown = re.findall(r"GOMP_SPINCOUNT = '(.*)'", done.stderr)
+    assert shown
+    assert set(shown) == {turns}, done.stderr

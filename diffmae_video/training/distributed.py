@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from diffmae_video import errors
 from diffmae_video.errors import DiffmaeError, Stopped, UsageError
+from diffmae_video.processes import safe_path
 from diffmae_video.training.hardware import core_count, pick_device
 from diffmae_video.training.signals import Interruption, interruptible
 
@@ -187,7 +188,8 @@ def launch(function: Callable[..., Any], nproc: int, *arguments: Any, **options:
             return DiffmaeError(str(Interruption(name)))
 
         try:
-            results = elastic_launch(config, _child)(function, arguments, options, note)
+            with safe_path():
+                results = elastic_launch(config, _child)(function, arguments, options, note)
         except ChildFailedError as error:
             if all(failure.exitcode == Stopped.exit_code for failure in error.failures.values()):
                 raise stopped("a signal") from None

@@ -45,7 +45,7 @@ class LoggedRun:
     def saved(self, file: str) -> str | None:
         """What `save` kept in the run's folder under that name, so that an interrupted run stays one run there."""
         path = self.directory / file
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
     def save(self, file: str, text: str) -> str:
         """Keep a name that the other side gave or gets; returns it."""

@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:

@@ -61,7 +61,8 @@ def train(task: Task, settings: Settings, here: Run) -> TrainResult:
             trainer.settle()
             with _progress(here, trainer) as bar, _profiler(trainer, settings.train.profile) as tick:
                 while trainer.step < trainer.total:
-                    stop = trainer.one_step(batches, request)
+                    stop = trainer.stepper.step(batches, trainer.step, request)
+                    trainer.step += 1
                     tick()
                     trainer.at_intervals(stop)
                     bar(1)

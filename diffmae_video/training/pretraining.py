@@ -87,9 +87,10 @@ class PretrainTask:
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         """Mean squared error on the masked patches; mask, timestep and noise of a clip come from its own seed."""
         chosen = choose_mask(self.masks[batch.source], batch.seeds)
-        batch = replace(batch, clips=batch.clips[batch.part], seeds=batch.seeds[batch.part])
+        parts = {name: getattr(batch, name)[batch.part] for name in ("clips", "seeds", "labels")}
+        batch = replace(batch, **parts)
         clips, mask = self._prepare(batch, device, chosen)
-        output = model(clips, mask, self.model.draw(batch.seeds, mask))
+        output = model(clips, mask, self.model.draw(batch.seeds, mask, batch.labels))
         metrics = {}
         if len(self.masks) > 1:  # a mix: one curve a source; zero where the batch was of another
             for number in range(len(self.masks)):
@@ -111,7 +112,7 @@ class PretrainTask:
         try:
             for batch in stream:
                 clips, mask = self._prepare(batch, self.distributed.device, self.settings.mask)
-                output = model(clips, mask, self.model.draw(batch.seeds, mask))
+                output = model(clips, mask, self.model.draw(batch.seeds, mask, batch.labels))
                 total[0] += output.per_sample.sum().cpu().double()
                 total[1] += len(clips)
                 if total[1] >= limit:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from diffmae_video.errors import Stopped, UsageError
-from diffmae_video.files import write_atomic
+from diffmae_video.files import printable, write_atomic
 from diffmae_video.training.signals import Interruption
 
 if TYPE_CHECKING:
@@ -186,9 +186,8 @@ def lock(directory: Path) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout:
         with contextlib.suppress(OSError):
-            raise UsageError(
-                f"{directory} is in use by {holder.read_text(encoding='utf-8')}; wait for it, or name another --out."
-            ) from None
+            name = printable(holder.read_text(encoding="utf-8", errors="replace"))
+            raise UsageError(f"{directory} is in use by {name}; wait for it, or name another --out.") from None
         raise UsageError(f"{directory} is in use by another process; wait for it, or name another --out.") from None
     except OSError as error:
         raise UsageError(

@@ -87,7 +87,15 @@ class Stepper:
             for reason, count in drawn[-1].bad.items():
                 self.bad[reason] = self.bad.get(reason, 0) + count
         with self.meter.computing():
-            found = self._gradients_that_fit(drawn)
+            generators = self._random_state()
+            while True:
+                try:
+                    found = self._gradients(drawn)
+                    break
+                except RuntimeError as error:
+                    if not out_of_memory(error) or not self._halve(max(len(batch.clips) for batch in drawn)):
+                        raise
+                self._begin_again(*generators)  # after the frames that held activations are gone
             self.scaler.unscale_(self.optimizer)
             norm = parallel.gradient_norm(self.model, self.train.clip_grad)
             overflow, bad, stop = self.distributed.any(*self._not_finite(found.loss, norm), bool(request))
@@ -102,26 +110,23 @@ class Stepper:
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
-    def _gradients_that_fit(self, drawn: Sequence[Batch]) -> Gradients:
-        """Gradients of the step's batches; where memory runs out, again in twice the parts from the same state.
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        """Of the generators that layers draw from."""
+        return torch.get_rng_state(), None if self.device.type != "cuda" else torch.cuda.get_rng_state()
+
+    def _begin_again(self, state: Tensor, cuda_state: Tensor | None) -> None:
+        """Nothing of a step that ran out of memory stays."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        if cuda_state is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(cuda_state)
+
+    def _halve(self, clips: int) -> bool:
+        """Twice the parts from now on; whether this step can be tried again.
 
         With several processes the others would wait for this one in the middle of an exchange: there the run ends.
         """
-        while True:
-            generators = torch.get_rng_state(), None if self.device.type != "cuda" else torch.cuda.get_rng_state()
-            try:
-                return self._gradients(drawn)
-            except RuntimeError as error:
-                if not out_of_memory(error) or not self._halve(max(len(batch.clips) for batch in drawn)):
-                    raise
-            self.optimizer.zero_grad(set_to_none=True)  # after the frames that held activations are gone
-            torch.set_rng_state(generators[0])
-            if generators[1] is not None:
-                torch.cuda.empty_cache()
-                torch.cuda.set_rng_state(generators[1])
-
-    def _halve(self, clips: int) -> bool:
-        """Twice the parts from now on; whether this step can be tried again."""
         if self.train.accumulate != "auto" or self.parts >= clips or self.distributed.world > 1:
             return False
         self.parts *= 2

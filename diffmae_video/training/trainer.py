@@ -19,7 +19,6 @@ from diffmae_video.training.hardware import autocast, describe_machine, peak_flo
 from diffmae_video.training.logging import RunLog
 from diffmae_video.training.meter import Meter
 from diffmae_video.training.run import Run
-from diffmae_video.training.signals import StopRequest
 from diffmae_video.training.stepper import Stepper
 from diffmae_video.training.task import Task
 
@@ -145,12 +144,6 @@ class Trainer:
         """The stream's batches; drawing from it moves no generator of this process."""
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number when it starts: a resumed run starts two
             return iter(self.stream)
-
-    def one_step(self, batches: Iterator[Any], request: StopRequest) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop. A collective."""
-        stop = self.stepper.step(batches, self.step, request)
-        self.step += 1
-        return stop
 
     # --- at intervals -----------------------------------------------------------------------------------------------
 

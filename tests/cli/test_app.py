@@ -128,6 +128,38 @@ def test_a_signal_while_a_command_starts_is_one_sentence(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("moment", ["at work", "in the step", "while it leaves", "while it is told"])
+def test_a_second_ctrl_c_shows_no_traceback(moment: str, tmp_path: Path) -> None:
+    """Once the first has asked a stage to stop, the second interrupts wherever the process is."""
+    program = (
+        "import os, signal, sys, typer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from diffmae_video.cli import app\n"
+        "from diffmae_video.training.signals import stop_on_signal\n"
+        "def interrupt(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "moment = sys.argv.pop()\n"
+        "def start(*_, **__):\n"
+        "    if moment == 'at work': interrupt()\n"
+        "    with stop_on_signal() as stop:\n"
+        "        interrupt()\n"
+        "        try:\n"
+        "            if moment == 'in the step': interrupt()\n"
+        "            stop.check('it is saved')\n"
+        "        finally:\n"
+        "            if moment == 'while it leaves': interrupt()\n"
+        "real = typer.echo\n"
+        "def echo(*args, **kwargs):\n"
+        "    if moment == 'while it is told': interrupt()\n"
+        "    real(*args, **kwargs)\n"
+        "typer.echo = echo\n"
+        "typer.main.get_command = lambda _: type('Command', (), {'main': staticmethod(start)})\n"
+        "app.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, moment], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == ("" if moment == "while it is told" else "diffmae: Interrupted.\n")
+
+
 def test_every_option_has_an_environment_variable() -> None:
     def parameters(command: object, path: str) -> list[tuple[str, object]]:
         found = [(path, parameter) for parameter in command.params]

@@ -143,6 +143,15 @@ def test_training_improves_the_loss_and_repeats(here: Path) -> None:
     assert sum(losses[0][-10:]) < 0.9 * sum(losses[0][:10])
 
 
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_labels_per_class(here: Path, capsys: pytest.CaptureFixture[str], protocol: str) -> None:
+    overrides = ["data.labels_per_class=2", "train.batch_size=2", "train.steps=1"]
+    finetune(Job(recipe="tiny.toml", device="cpu", overrides=overrides), "squares", init="scratch", protocol=protocol)
+    said = " ".join(capsys.readouterr().out.split())
+    labels = 2 * len(json.loads((here / "shards" / "manifest.json").read_text())["classes"])
+    assert (f"{labels} training and" if protocol == "linear" else f"{labels} of their labels") in said
+
+
 def test_label_fraction_and_frozen_blocks(here: Path) -> None:
     overrides = ["data.label_fraction=0.25", "train.batch_size=3", "finetune.freeze=1", "train.steps=2"]
     result = finetune(Job(recipe="tiny.toml", device="cpu", overrides=overrides), "squares", init="scratch")

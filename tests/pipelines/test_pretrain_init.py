@@ -13,7 +13,7 @@ from diffmae_video import load_model
 from diffmae_video.cli.app import run
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines.job import Job
-from diffmae_video.pipelines.pretrain import pretrain
+from diffmae_video.pipelines.pretrain import pretrain, print_pretrain
 from tests.training.conftest import SMALL
 
 
@@ -44,6 +44,11 @@ def test_a_run_starts_from_the_weights_it_is_given(shards: Path, capsys: pytest.
     assert json.loads(Path("second/model.json").read_text())["info"]["init"] == "first"
     with pytest.raises(UsageError, match="--out second holds another run"):
         train(shards, "second", *still)
+
+
+def test_the_last_line_says_what_comes_next(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_pretrain(train(shards, "first", "train.steps=1"))
+    assert "then: diffmae finetune --task clips, or diffmae render-inpaint" in capsys.readouterr().out
 
 
 def test_what_cannot_be_started_from_is_one_sentence(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
