@@ -7,7 +7,8 @@
 
 Training: forward and backward of 16 x 224 x 224 clips, 90 % masked, random data, no optimizer. The arms take turns, and
 each turn is followed by a matrix product of the same type (2048^3), so that "of peak" compares like with like on a busy
-machine. `--compile` adds every arm once more under torch.compile; the time of compiling is kept apart. Peak memory
+machine. In bf16 our arms use the kernels that the training engine swaps in; `--plain` adds each without them.
+`--compile` adds every arm once more under torch.compile; the time of compiling is kept apart. Peak memory
 comes from a fresh process an arm. Sampling: one step with the encoding kept and with the encoder run again, and whole
 chains, in CPU time: give it one thread.
 """
@@ -36,11 +37,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffmae_video.config import ModelSettings
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE
+from diffmae_video.models.kernels import use_cpu_bf16
 from diffmae_video.models.presets import PRESETS
 
 GRID = (8, 14, 14)
 DECODERS = {"small": (192, 3), "base": (384, 6)}  # VideoMAE's own, 4 blocks
 ARMS = ("transformers VideoMAE", "mae, joint", "diffmae, cross_self", "diffmae, cross, loss_tokens 0.5")
+VARIANTS = ("", "compiled", "plain")
+"""As the training engine runs it; under torch.compile; without the kernels for bf16 on CPUs."""
 
 
 def settings(size: Any, arm: str) -> ModelSettings:
@@ -54,8 +58,9 @@ def settings(size: Any, arm: str) -> ModelSettings:
     return ModelSettings(preset=size, decoder="cross", loss_tokens=0.5)
 
 
-def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: bool = False) -> Callable[[], None]:
-    """A function that does one forward and backward on fixed random clips."""
+def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, variant: str = "") -> Callable[[], None]:
+    """A function that does one forward and backward on fixed random clips; `variant` is one of VARIANTS."""
+    compiled = variant == "compiled"
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(batch, 3, 16, 224, 224, generator=generator)
     mask = make_mask("tube", 0.9, GRID, range(batch))  # theirs needs equal counts: both see 160 tokens
@@ -85,6 +90,8 @@ def make_step(size: str, arm: str, batch: int, dtype: torch.dtype, compiled: boo
             return peer(theirs, bool_masked_pos=mask.grid).loss
     else:
         model = DiffMAE(settings(size, arm)).train()
+        if dtype == torch.bfloat16 and variant != "plain":
+            use_cpu_bf16(model)
         parameters = list(model.parameters())
         if compiled:
             model.compile()
@@ -124,7 +131,7 @@ def flops(size: str, arm: str, batch: int) -> float:
 
 
 def train(
-    sizes: list[str], types: list[str], batch: int, rounds: int, arms: list[str], compiled: bool
+    sizes: list[str], types: list[str], batch: int, rounds: int, arms: list[str], variants: list[str]
 ) -> list[dict[str, Any]]:
     """Interleaved timings of all arms."""
     rows = []
@@ -133,13 +140,15 @@ def train(
         for name in types:
             dtype = getattr(torch, name)
             steps, first = {}, {}
-            for arm, compile_it in itertools.product(arms, (False, True) if compiled else (False,)):
-                step = steps[arm, compile_it] = make_step(size, arm, batch, dtype, compile_it)
+            for arm, variant in itertools.product(arms, variants):
+                if variant == "plain" and (arm == ARMS[0] or dtype != torch.bfloat16):
+                    continue
+                step = steps[arm, variant] = make_step(size, arm, batch, dtype, variant)
                 begin = time.perf_counter()
                 step()
-                first[arm, compile_it] = time.perf_counter() - begin
-            seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
-            peaks: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
+                first[arm, variant] = time.perf_counter() - begin
+            seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+            peaks: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
             for _ in range(rounds):
                 for key, step in steps.items():
                     begin = time.perf_counter()
@@ -148,13 +157,13 @@ def train(
                     peaks[key].append(probe(dtype))
             medians = {key: statistics.median(values) for key, values in seconds.items()}
             for key, median in medians.items():
-                arm, compile_it = key
-                peer, peak = medians[ARMS[0], False], statistics.median(peaks[key])
+                arm, variant = key
+                peer, peak = medians[ARMS[0], ""], statistics.median(peaks[key])
                 row = {
                     "size": size,
                     "type": name,
                     "arm": arm,
-                    "compiled": compile_it,
+                    "variant": variant,
                     "clips_per_second": round(batch / median, 3),
                     "against_transformers": round(peer / median, 3),
                     "gflop": round(work[arm] / 1e9, 1),
@@ -162,8 +171,8 @@ def train(
                     "bound_against_transformers": round(peer * peak * 1e9 / work[arm], 2),
                     "seconds": [round(value, 3) for value in seconds[key]],
                 }
-                if compile_it:
-                    row["against_transformers_compiled"] = round(medians[ARMS[0], True] / median, 3)
+                if variant == "compiled":
+                    row["against_transformers_compiled"] = round(medians[ARMS[0], "compiled"] / median, 3)
                     row["seconds_of_first_step"] = round(first[key], 1)
                 rows.append(row)
                 print(rows[-1], flush=True)
@@ -234,6 +243,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, help="of `peak`: the memory of this process after two steps")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="of `train`, with the first")
     parser.add_argument("--compile", action="store_true", help="of `train`: each arm under torch.compile as well")
+    parser.add_argument("--plain", action="store_true", help="of `train`: ours in bf16 without swapped kernels as well")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pixels", type=int, default=112, help="of `sample`")
@@ -250,7 +260,8 @@ def main() -> None:
         return
     if arguments.what == "train":
         arms = [arm for arm in ARMS if arm in arguments.arms or arm == ARMS[0]]
-        rows = train(arguments.sizes, arguments.types, arguments.batch, arguments.rounds, arms, arguments.compile)
+        variants = ["", *["compiled"] * arguments.compile, *["plain"] * arguments.plain]
+        rows = train(arguments.sizes, arguments.types, arguments.batch, arguments.rounds, arms, variants)
     elif arguments.what == "memory":
         rows = memory(arguments.sizes, arguments.types, arguments.batch)
     else:
