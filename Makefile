@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint format docs docs-serve release clean
+.PHONY: setup demo test test-slow lint format docs docs-serve notebooks release clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ docs: $(VENV)/.docs
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Runs the notebooks of docs/ and keeps what they show
+notebooks: $(VENV)/.docs
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 release: $(VENV)/.release
 	.ci/release

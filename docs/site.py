@@ -19,6 +19,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert.exporters import MarkdownExporter
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
@@ -52,8 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **{f"reference/api/{package}.md": _modules(package) for package in _PACKAGES},
         **{page: (ROOT / source).read_text("utf-8") for source, page in OUTSIDE.items()},
     }
-    for name, text in pages.items():
-        files.append(File.generated(config, name, content=text))
+    for name, content in [*pages.items(), *_notebooks()]:
+        files.append(File.generated(config, name, content=content))
     return files
 
 
@@ -72,6 +73,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     # [text](target#anchor), but for addresses and anchors of this page
     return re.sub(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", turn, markdown)
+
+
+def _notebooks() -> Iterator[tuple[str, str | bytes]]:
+    """A page for each notebook, as it was last run, and its pictures."""
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        name = path.stem
+        made: Any = MarkdownExporter().from_filename(
+            str(path), resources={"unique_key": name, "output_files_dir": f"{name}_files"}
+        )
+        text, resources = made
+        title, rest = text.split("\n", 1)
+        note = f"*A notebook: [open it in Jupyter]({path.name}), with `pip install jupyterlab` beside diffmae-video.*"
+        yield f"notebooks/{name}.md", f"{title}\n\n{note}\n{rest}"
+        for file, data in resources["outputs"].items():
+            yield f"notebooks/{file}", data
 
 
 def _commands() -> str:
