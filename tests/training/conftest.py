@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ class Runs:
 
     def _in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(110)  # where it hangs is shown before the parent kills it
         code = 0
         try:
             if before is not None:
