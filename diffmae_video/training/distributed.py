@@ -29,6 +29,7 @@ from diffmae_video.training.signals import Interruption, interruptible
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 SHUTDOWN_SECONDS = 20  # how long the ranks of a stopped run may take to save and leave
+_STOPPED, _FAILED = "stopped", "failed"  # files in which launched processes say how they ended
 
 
 @dataclass(frozen=True)
@@ -180,40 +181,49 @@ def launch(function: Callable[..., Any], nproc: int, *arguments: Any, **options:
     known = {item.name for item in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.10
     config = LaunchConfig(**{name: value for name, value in wishes.items() if name in known})
     with tempfile.TemporaryDirectory() as folder:
-        note = os.path.join(folder, "stopped")
 
         def stopped(name: str) -> DiffmaeError:
-            with contextlib.suppress(OSError), open(note, encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(os.path.join(folder, _STOPPED), encoding="utf-8") as file:
                 return Stopped(file.read())
             return DiffmaeError(str(Interruption(name)))
 
         try:
             with safe_path():
-                results = elastic_launch(config, _child)(function, arguments, options, note)
+                results = elastic_launch(config, _child)(function, arguments, options, folder)
         except ChildFailedError as error:
-            if all(failure.exitcode == Stopped.exit_code for failure in error.failures.values()):
+            codes = {failure.exitcode for failure in error.failures.values()}
+            if codes == {Stopped.exit_code} or os.path.exists(os.path.join(folder, _STOPPED)):
                 raise stopped("a signal") from None
-            raise _first_error(error) from None
+            raise _first_error(error, folder) from None
         except SignalException as error:
             raise stopped(error.sigval.name) from None
     return results[0]
 
 
-def _child(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], note: str) -> Any:
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], folder: str) -> Any:
     """A launched process: the stage, and how it ends."""
     threading.Thread(target=_end_with_launcher, daemon=True).start()
+    rank = ranks_from_environment()[0]
     try:
         with interruptible():
             return function(*arguments, **options)
     except Stopped as stop:  # all ranks stop together
-        if ranks_from_environment()[0] == 0:
-            with open(note, "w", encoding="utf-8") as file:
-                file.write(str(stop))
+        if rank == 0:
+            _tell(folder, _STOPPED, str(stop))
         # not by returning: a process that returned waits until the launcher has read its value, and one that was
         # signalled itself reads no more
         raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except DiffmaeError as error:
+        # The launcher reports one failed process alone, and that may be one which has just lost this one.
+        _tell(folder, f"{_FAILED}-{rank}", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _tell(folder: str, name: str, text: str) -> None:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _end_with_launcher() -> None:
@@ -227,19 +237,22 @@ def _end_with_launcher() -> None:
     os._exit(DiffmaeError.exit_code)
 
 
-def _first_error(error: Any) -> DiffmaeError:
+def _first_error(error: Any, folder: str) -> DiffmaeError:
+    """The error of a rank that knows what happened; else what the launcher saw."""
+
     def told(failure: Any) -> str:
         with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
             return str(json.load(file)["message"]["message"])
         return str(failure.message)
 
-    for failure in error.failures.values():  # a rank that knows what happened, before those that lost their peer
-        name, _, message = told(failure).partition(": ")
-        kind = getattr(errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, DiffmaeError):
-            return kind(message)
+    for name in sorted(name for name in os.listdir(folder) if name.startswith(_FAILED)):
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            kind, _, message = file.read().partition(": ")
+        return getattr(errors, kind, DiffmaeError)(message)
     rank, failure = error.get_first_failure()
     text = told(failure)
     if failure.exitcode < 0:
-        text = f"it was ended by signal {-failure.exitcode}, which often means that memory ran out"
+        text = f"it was ended by signal {-failure.exitcode}"
+        if -failure.exitcode == signal.SIGKILL:
+            text += ", which often means that memory ran out"
     return DiffmaeError(f"Process {rank} failed ({text.strip()}); run again with --debug for the full account.")

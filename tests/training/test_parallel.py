@@ -132,6 +132,30 @@ def test_failed_rank_ends_all_and_its_error_is_the_one_shown(capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+def crash_when_the_other_one_fails():
+    with distributed.start("cpu") as processes, stop_on_signal():
+        if processes.rank == 1:
+            raise DataError("Shard x is damaged; make it again.")
+        try:
+            processes.barrier()
+        finally:  # gloo was seen to abort when its peer had gone
+            os.abort()
+
+
+def test_a_rank_that_crashes_because_another_failed_does_not_hide_its_error():
+    with pytest.raises(DataError, match=r"Shard x is damaged; make it again\."):
+        distributed.launch(crash_when_the_other_one_fails, 2)
+
+
+def crash():
+    os.abort()
+
+
+def test_a_crash_names_its_signal():
+    with pytest.raises(DiffmaeError, match=r"ended by signal 6\); run again"):
+        distributed.launch(crash, 2)
+
+
 def test_ranks_come_from_torchrun_then_slurm():
     assert distributed.ranks_from_environment({}) == (0, 1, 0, 1)
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
