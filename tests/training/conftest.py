@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -76,6 +77,7 @@ class Runs:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("fork")
+        gc.collect()  # what tests before this one left: some of it waits for threads, which a forked child does not have
         processes = []
         for rank in range(world):
             environment = {}
@@ -101,6 +103,7 @@ class Runs:
         return [process.exitcode for process in processes]
 
     def _in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
+        gc.freeze()
         os.environ.update(environment)
         faulthandler.dump_traceback_later(110)  # where it hangs is shown before the parent kills it
         code = 0
