@@ -198,6 +198,9 @@ def _is_split_list(name: str) -> bool:
     return _split_named(name) is not None and all(word in _LISTS or word in _LIST_WORDS for word in words)
 
 
+_OUTSIDE = "{} names a file outside the folder; shard the folder that holds both, or put a link to the file into this one"
+
+
 def _listed(tree: Tree, layout: str, names: list[str], certain: bool = False) -> Listing:
     """What annotation files say; where they tell the split alone, class folders tell the label."""
     listing = Listing(layout)
@@ -213,7 +216,7 @@ def _listed(tree: Tree, layout: str, names: list[str], certain: bool = False) ->
             split = hint or split_of(path or row.path) or _split_named(name) or "train"
             if path is None:
                 leaves = row.path.replace("\\", "/").startswith(("../", "/")) and layout == "table"
-                why = ("outside", "the path leaves the folder") if leaves else ("missing", f"{name} names it")
+                why = ("outside", _OUTSIDE.format(name)) if leaves else ("missing", f"{name} names it")
                 listing.rejected.append(Rejection(row.path, split, *why))
                 continue
             folder = posixpath.basename(posixpath.dirname(path))

@@ -186,7 +186,9 @@ def test_table_with_spans_and_awkward_names(tmp_path: Path) -> None:
     for source in (root, f"{root}/list.csv"):
         listing = list_samples(source)
         assert [(i.path, i.split, i.label, i.start, i.end) for i in listing.items] == [(name, "val", "x", 1.5, 3.0)]
-        assert {one.reason for one in listing.rejected} == {"outside", "missing"}
+        why = {one.reason: one.detail for one in listing.rejected}
+        assert set(why) == {"outside", "missing"}
+        assert "shard the folder that holds both, or put a link to the file into this one" in why["outside"]
     assert "." not in listing.items[0].key
     assert listing.items[0].key.isascii()
 
