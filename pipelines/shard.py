@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmae_video._version import __version__
-from diffmae_video.data.datasets import DatasetInfo, dataset_info, dataset_names, unlike_its_name
+from diffmae_video.data.datasets import DatasetInfo, dataset_info
 from diffmae_video.data.holdout import hold_out
 from diffmae_video.data.layouts import Item, Listing, list_samples
 from diffmae_video.data.manifest import MANIFEST, ShardInfo, write_manifest
@@ -36,9 +36,8 @@ from diffmae_video.files import printable
 from diffmae_video.pipelines.console import progress, say, table
 from diffmae_video.pipelines.shard_folder import REJECTED, compare, forget, hold
 from diffmae_video.pipelines.shard_job import ENCODING, STOP, TarJob, parts_of, run_job
+from diffmae_video.pipelines.shard_names import guess_dataset, is_known, odd_classes
 from diffmae_video.pipelines.workspace import Workspace
-
-LAYOUT_DATASETS = {"ssv2": "ssv2", "ucf101": "ucf101", "hmdb51": "hmdb51", "imagenet": "imagenet", "kinetics": "k400"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     """
     begun = time.monotonic()
     source, out = str(job.source), str(job.out)
-    info = dataset_info(job.dataset) if job.dataset and _is_known(job.dataset) else None
+    info = dataset_info(job.dataset) if job.dataset and is_known(job.dataset) else None
     kind = info.kind if info and job.kind == "auto" else job.kind
     listing = list_samples(source, job.layout or (info.layout if info else "auto"), kind, job.fold)
     listed = listing
@@ -133,13 +132,13 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     job = replace(job, options=options)
     tars = _deal(listing, job)
     found = len(listing.items) + len(listing.rejected)
-    for note in (*listing.notes, *_odd_classes(listing)):
+    for note in (*listing.notes, *odd_classes(listing)):
         say(f"Note: {note}")
     several = len({(item.path, item.label) for item in listing.items}) - len({item.path for item in listing.items})
     if several > 0 and not options.trim:
         say("Note: some videos have spans with different labels: give --trim to cut the spans out.")
     say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
-    name = info.name if info else job.dataset or _guess_dataset(listing, source)
+    name = info.name if info else job.dataset or guess_dataset(listing, source)
     if info and (difference := info.difference(len(listing.classes))):
         say(f"Note: --dataset {job.dataset}: {difference}.")
     plan = _Plan(out, name, info, listing, tars)
@@ -267,44 +266,6 @@ def _sigterm_stops() -> Iterator[None]:
 
 def _absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(path.removeprefix("file://"))
-
-
-def _is_known(dataset: str) -> bool:
-    return dataset in dataset_names() or dataset.endswith(".toml") or os.sep in dataset
-
-
-def _guess_dataset(listing: Listing, source: str) -> str:
-    from diffmae_video.data.synthetic import CLASSES
-
-    if set(listing.classes) == set(CLASSES):
-        return "demo"
-    known = LAYOUT_DATASETS.get(listing.layout)
-    difference = unlike_its_name(known, len(listing.classes)) if known else None
-    if known and not difference:
-        return known
-    name = source.rstrip("/").rpartition("/")[2]
-    name = name.rsplit(".", 1)[0] or "clips"
-    if name in dataset_names():
-        name = f"{name}-{len(listing.classes)}"
-    if difference:
-        say(f"Note: the layout is that of {known}, but {difference}: named {name}; --dataset {known} says otherwise.")
-    return name
-
-
-def _odd_classes(listing: Listing) -> list[str]:
-    """What to say of classes that only other splits than `train` have: no model learns them."""
-    splits: dict[str, set[str]] = {}
-    for item in listing.items:
-        if item.label is not None:
-            splits.setdefault(item.split, set()).add(item.label)
-    learned = splits.pop("train", set())
-    notes = []
-    for split, labels in splits.items() if learned else ():
-        if unknown := sorted(labels - learned):
-            notes.append(
-                f"{len(unknown)} classes of {split} are not in train, e.g. {unknown[0]}: no model learns them."
-            )
-    return notes
 
 
 def _refuse_unused(job: ShardJob, options: TranscodeOptions, held_out: bool, listing: Listing) -> None:

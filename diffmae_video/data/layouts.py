@@ -198,7 +198,9 @@ def _is_split_list(name: str) -> bool:
     return _split_named(name) is not None and all(word in _LISTS or word in _LIST_WORDS for word in words)
 
 
-_OUTSIDE = "{} names a file outside the folder; shard the folder that holds both, or put a link to the file into this one"
+_OUTSIDE = (
+    "{} names a file outside the folder; shard the folder that holds both, or put a link to the file into this one"
+)
 
 
 def _listed(tree: Tree, layout: str, names: list[str], certain: bool = False) -> Listing:

@@ -1,8 +1,7 @@
 """Weights of other projects: recognised by their names, renamed, checked tensor by tensor.
 
-Known: facebookresearch/mae and mae_st (split or fused qkv, joint or separate positions, PySlowFast containers),
-VideoMAE and VideoMAEv2, timm ViTs, Hugging Face ViTMAE and VideoMAE (key names of transformers 4 and 5). Each dialect
-is renamed to the names of mae (`blocks.0.attn.qkv.weight`, `decoder_blocks.0...`), and those to ours.
+Names become mae's (`dialects`), sizes are told by the tensors (`geometry`) and the rest of the settings by a
+configuration beside them; then mae's names become ours.
 """
 
 from __future__ import annotations
@@ -10,106 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffmae_video.config import ModelSettings
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.dialects import SOURCES, WRAPPERS, canonical_names, detect_source
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.encoder import Encoder
+from diffmae_video.models.geometry import Geometry
 from diffmae_video.models.patches import PIXEL_NORMS
 from diffmae_video.models.tensors import Tensors, read_tables, tensor_file, tensor_problems
 from diffmae_video.models.weights import DESCRIPTION, WEIGHTS, load_model
 
-SOURCES = ("auto", "mae", "mae_st", "videomae", "timm", "hf-vitmae", "hf-videomae")
-
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # published ViTs, by width
-
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|model\.|backbone\.)+")
-"""What DDP, torch.compile and training code put before names, in any order."""
-
-RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (WRAPPERS.pattern, ""),
-    (r"^(vit|videomae)\.", ""),
-    (r"^dec_pos_embed(_spatial|_temporal|_class)?$", r"decoder_pos_embed\1"),  # PySlowFast
-    (r"^embeddings\.(cls_token)$", r"\1"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^decoder\.(decoder_layers|decoder_encoder\.layer|blocks)\.", "decoder_blocks."),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"^encoder\.", ""),  # VideoMAE
-    (r"attention\.attention\.(query|key|value)\.", lambda m: f"attn.{m[1][0]}."),
-    (r"attention\.attention\.([qv]_bias)", r"attn.\1"),
-    (r"attention\.([qkv])_proj\.", r"attn.\1."),
-    (r"attention\.(output\.dense|o_proj)\.", "attn.proj."),
-    (r"intermediate\.dense\.", "mlp.fc1."),
-    (r"output\.dense\.", "mlp.fc2."),
-    (r"layernorm_before\.", "norm1."),
-    (r"layernorm_after\.", "norm2."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    (r"^head\.projection\.", "head."),
-    (r"^encoder_to_decoder\.", "decoder_embed."),
-    (r"^decoder\.norm\.", "decoder_norm."),
-    (r"^decoder\.head\.", "decoder_pred."),
-    (r"^decoder\.(mask_token|decoder_)", r"\1"),
-    (r"^pred_head\.projections\.0\.", "decoder_pred."),
-    (r"^pred_head\.transforms\.0\.(\d+)\.(weight|bias)$", r"decoder_norm.\2"),
-    (r"^pred_head\.transforms\.0\.", "decoder_blocks."),
-)
-
-
-def detect_source(tensors: Tensors) -> str:
-    """Which project tensors come from, judged by their names and shapes."""
-    bare = {WRAPPERS.sub("", name): tensor.dim() for name, tensor in tensors.items()}
-    if any(name.startswith(("vit.embeddings", "decoder.decoder_pos_embed")) for name in bare):
-        return "hf-vitmae"
-    if any(name.startswith("videomae.") for name in bare):
-        return "hf-videomae"
-    if "encoder.patch_embed.proj.weight" in bare:
-        return "videomae"
-    if "patch_embed.proj.weight" not in bare:
-        raise DataError("These tensors are of no known project (no patch embedding is among them); name a ViT's file.")
-    if any(name.startswith(("wfm.", "decoder_blocks.0.cross_attn", "dec_norms.")) for name in bare):
-        raise DataError(
-            "These tensors are CrossMAE's, whose decoder mixes all encoder outputs by learned weights, which ours does "
-            "not do: import its encoder alone (a file without the decoder_, dec_norms and wfm tensors)."
-        )
-    if bare["patch_embed.proj.weight"] == 5:
-        if any("_bias" in name and name.endswith(("attn.q_bias", "attn.v_bias")) for name in bare):
-            return "videomae"  # fine-tuned, with learned positions or without
-        return "mae_st" if "cls_token" in bare or any("pos_embed" in name for name in bare) else "videomae"
-    return "mae" if any(name.startswith(("decoder_", "mask_token")) for name in bare) else "timm"
-
-
-def canonical_names(tensors: Tensors) -> Tensors:
-    """Rename any known dialect to mae's names, with fused qkv (a missing key bias is zero)."""
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    out = dict(renamed)
-    for name in renamed:
-        block = name.removesuffix("attn.q.weight")
-        if block != name:
-            out[f"{block}attn.qkv.weight"] = torch.cat([out.pop(f"{block}attn.{part}.weight") for part in "qkv"])
-            if f"{block}attn.k.bias" in out:
-                out[f"{block}attn.qkv.bias"] = torch.cat([out.pop(f"{block}attn.{part}.bias") for part in "qkv"])
-            elif f"{block}attn.q.bias" in out:
-                out[f"{block}attn.q_bias"] = out.pop(f"{block}attn.q.bias")
-                out[f"{block}attn.v_bias"] = out.pop(f"{block}attn.v.bias")
-    for name in list(out):
-        block = name.removesuffix("attn.q_bias")
-        if block != name:
-            query, value = out.pop(name), out.pop(f"{block}attn.v_bias")
-            out[f"{block}attn.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-    return out
 
 
 def import_weights(
@@ -251,98 +168,10 @@ def translate(
     config = config or {}
     slowfast = any(name.removeprefix("module.").startswith("pred_head.") for name in raw)
     tensors = canonical_names(raw)
-    geometry = _Geometry(tensors, frames, size, config)
+    geometry = Geometry(tensors, frames, size, config)
     tensors = geometry.inflate(tensors, inflate)
     settings = _settings(source, tensors, geometry, config, heads, decoder_heads, slowfast)
     return settings, to_ours(tensors, settings)
-
-
-class _Geometry:
-    """Sizes that tensors tell: tubelet, patch, frames, height and width."""
-
-    def __init__(self, tensors: Tensors, frames: int | None, size: tuple[int, int] | None, config: dict) -> None:
-        if "patch_embed.proj.weight" not in tensors:
-            raise DataError("There is no patch embedding among the tensors; give a ViT's checkpoint.")
-        kernel = tensors["patch_embed.proj.weight"]
-        self.width, self.patch = kernel.shape[0], kernel.shape[-1]
-        self.flat_image = kernel.dim() == 4
-        self.inflated = self.flat_image and (frames or 1) > 1
-        self.tubelet = 2 if self.inflated else 1 if self.flat_image else kernel.shape[2]
-        side = config.get("image_size", 224)
-        told = size or ((side, side) if isinstance(side, int) else tuple(side))
-        rows, columns = told[0] // self.patch, told[1] // self.patch
-        wanted = (frames or 1) // self.tubelet if self.flat_image else frames and frames // self.tubelet
-        times = max(1, wanted or config.get("num_frames", 16) // self.tubelet)
-        if "pos_embed_spatial" in tensors:
-            rows, columns = self._square(tensors["pos_embed_spatial"].shape[1], rows, columns)
-            times = tensors["pos_embed_temporal"].shape[1]
-        elif "pos_embed" in tensors and self.flat_image:
-            count = tensors["pos_embed"].shape[1]
-            if "cls_token" in tensors and count != rows * columns:
-                fits, square = count - 1 == rows * columns, math.isqrt(count) ** 2 == count
-                count -= fits or not square
-            rows, columns = self._square(count, rows, columns)
-        elif "pos_embed" in tensors:
-            count = tensors["pos_embed"].shape[1] - ("cls_token" in tensors)
-            if wanted is None and size is None and "num_frames" not in config and count % (rows * columns) == 0:
-                times = count // (rows * columns)  # 224 pixels a side are the rule; their number tells the frames
-            if count % times:
-                raise UsageError(f"{count} positions do not divide into {times} times; give --frames and --size.")
-            rows, columns = self._square(count // times, rows, columns)
-        height, width = rows * self.patch, columns * self.patch
-        self.frames, self.size = (1 if self.flat_image and not self.inflated else times * self.tubelet), (height, width)
-        self.shape = (times, height // self.patch, width // self.patch)
-
-    @staticmethod
-    def _square(count: int, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of `count` places: those that are told where they fit, else a square.
-
-        Raises:
-            UsageError: neither fits.
-        """
-        if rows * columns == count:
-            return rows, columns
-        side = math.isqrt(count)
-        if side * side != count:
-            raise UsageError(
-                f"{count} positions are no square grid: give --size HEIGHTxWIDTH of the training pictures."
-            )
-        return side, side
-
-    def inflate(self, tensors: Tensors, how: str | None) -> Tensors:
-        """2-D kernels as 3-D ones: of one frame, or spread over a tubelet.
-
-        Raises:
-            UsageError: a way is named, and nothing is inflated.
-        """
-        if how is not None and not self.inflated:
-            raise UsageError(
-                f"--inflate {how}: "
-                + (
-                    "add --frames N above 1, or leave it out."
-                    if self.flat_image
-                    else "these are weights of videos; leave it out."
-                )
-            )
-        if not self.flat_image:
-            return tensors
-        kernel = tensors["patch_embed.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
-        if self.inflated:
-            kernel = inflate_kernel(kernel, self.tubelet, how or "central")
-        # the decoder, if any, predicts single frames: each of the tubelet's starts as a copy
-        copies = {
-            name: tensors[name].repeat(self.tubelet, *[1] * (tensors[name].dim() - 1))
-            for name in ("decoder_pred.weight", "decoder_pred.bias")
-            if name in tensors and self.inflated
-        }
-        return {**tensors, **copies, "patch_embed.proj.weight": kernel}
-
-
-def inflate_kernel(kernel: Tensor, tubelet: int, how: str = "central") -> Tensor:
-    """Patch embedding of single frames (D, C, 1, p, p) for tubelets (D, C, t, p, p); see `import_weights`."""
-    if how == "mean":
-        return kernel.repeat(1, 1, tubelet, 1, 1) / tubelet
-    return torch.cat([torch.zeros_like(kernel)] * (tubelet - 1) + [kernel], 2)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -374,7 +203,7 @@ def _count(tensors: Tensors, prefix: str) -> int:
 def _settings(
     source: str,
     tensors: Tensors,
-    geometry: _Geometry,
+    geometry: Geometry,
     config: dict[str, Any],
     heads: int | None,
     decoder_heads: int | None,

@@ -12,7 +12,8 @@ from diffmae_video.errors import UsageError
 from diffmae_video.files import sha256_of
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.diffmae import DiffMAE
-from diffmae_video.models.importers import inflate_kernel, load_pretrained, pretrained_file
+from diffmae_video.models.geometry import inflate_kernel
+from diffmae_video.models.importers import load_pretrained, pretrained_file
 from diffmae_video.models.layers import Positions, resize_spatial, resize_temporal
 from diffmae_video.models.presets import resolve
 from diffmae_video.models.tensors import Tensors

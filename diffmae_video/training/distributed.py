@@ -252,7 +252,7 @@ def _first_error(error: Any, folder: str) -> DiffmaeError:
     rank, failure = error.get_first_failure()
     text = told(failure)
     if failure.exitcode < 0:
-        text = f"it was ended by signal {-failure.exitcode}"
-        if -failure.exitcode == signal.SIGKILL:
+        text = f"it was ended by {failure.signal_name()}"
+        if failure.signal_name() == "SIGKILL":
             text += ", which often means that memory ran out"
     return DiffmaeError(f"Process {rank} failed ({text.strip()}); run again with --debug for the full account.")

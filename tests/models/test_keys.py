@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from diffmae_video.config import ModelSettings
-from diffmae_video.models.importers import build, detect_source, translate
+from diffmae_video.models.dialects import detect_source
+from diffmae_video.models.importers import build, translate
 from diffmae_video.models.tensors import tensor_problems
 
 DATA = Path(os.environ.get("DIFFMAE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))

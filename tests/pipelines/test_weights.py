@@ -13,9 +13,9 @@ from diffmae_video.cli.weights import Format, Source
 from diffmae_video.config import ModelSettings
 from diffmae_video.files import sha256_of
 from diffmae_video.models.classifier import Classifier
+from diffmae_video.models.dialects import SOURCES
 from diffmae_video.models.encoder import Encoder
 from diffmae_video.models.exporters import FORMATS
-from diffmae_video.models.importers import SOURCES
 from diffmae_video.models.weights import load_model, save_model
 from diffmae_video.pipelines.workspace import Workspace
 

@@ -77,7 +77,7 @@ class Runs:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("fork")
-        gc.collect()  # what tests before this one left: some of it waits for threads, which a forked child does not have
+        gc.collect()  # what tests before this one left may wait for threads, which a forked child does not have
         processes = []
         for rank in range(world):
             environment = {}
