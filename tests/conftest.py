@@ -34,6 +34,11 @@ def no_user_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of training come first: they fork, which is safe while no other test has left threads that hold locks."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
+
+
 def _small_sam(name: str) -> Any:
     """The parts of SAM 2 or EdgeTAM, narrow, on pictures of 128 pixels."""
     import transformers
