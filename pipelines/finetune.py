@@ -100,7 +100,7 @@ def _train(plan: FinetunePlan, run: RunFolder) -> FinetuneResult:
     def cost(settings: Settings, clips: int) -> Footprint:
         return measure_classifier(settings, plan.manifest, clips)
 
-    parts = settle_parts(plan.settings, run.processes, cost)
+    parts = settle_parts(plan.settings, run.processes, cost, free_model=plan.source is None)
     result = train(task, plan.settings, replace(run, report=write_run_report, parts=parts))
     metrics = {key: result.metrics[key] for key in _SHOWN if key in result.metrics}
     return FinetuneResult(run.directory, plan.task, plan.facts["init"], result.step, metrics)

@@ -21,7 +21,7 @@ from diffmae_video.pipelines import console
 from diffmae_video.pipelines.classifiers import CLIP_FACTS, FIXED_BY_WEIGHTS
 from diffmae_video.pipelines.find import find_init, find_task_shards
 from diffmae_video.pipelines.job import Job
-from diffmae_video.pipelines.plan import Plan, make_plan, print_plan
+from diffmae_video.pipelines.plan import Plan, check_plan, make_plan, print_plan
 from diffmae_video.pipelines.recipes import choose_recipe, planned_device
 from diffmae_video.pipelines.tasks import open_task_shards
 from diffmae_video.pipelines.workspace import Workspace
@@ -29,6 +29,7 @@ from diffmae_video.training.distributed import ranks_from_environment
 from diffmae_video.training.finetuning import freeze_first
 from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
 from diffmae_video.training.hardware import parse_memory
+from diffmae_video.training.task import need_clips
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def plan_finetune(job: Job, task: str, init: str = "auto", protocol: str | None 
     settings = with_overrides(settings, **changes)
     check_probe(settings.finetune.protocol, settings.finetune.pool, settings.model.class_token)
     _check_labels(settings, manifest)
+    if settings.finetune.protocol == "finetune":
+        clips = training_samples(manifest, settings.data) * settings.data.repeats
+        need_clips(settings, clips, max(job.nproc, ranks_from_environment()[1]))
     return FinetunePlan(task, source, name, settings, manifest)
 
 
@@ -199,14 +203,19 @@ def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
     A probe reads every video of both splits once, in the forward pass alone; fitting its head costs little beside that.
     """
     settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
+    probes = settings.finetune.protocol != "finetune"
     world, splits = max(job.nproc, ranks_from_environment()[1]), [data.split]
     samples = training_samples(manifest, data)
-    if settings.finetune.protocol != "finetune":
+    if probes:
         splits.append(data.eval_split)
         samples += manifest.splits[data.eval_split]
         batch = settings.evaluate.batch_views * world
         once = {"steps": None, "epochs": 1.0, "batch_size": batch, "accumulate": 1, "sharding": "ddp", "ema": 0.0}
         settings = with_overrides(settings, data={"repeats": 1}, train=once)
+
+    def measured(changed: Settings, clips: int) -> Footprint:
+        return measure_classifier(changed, manifest, clips)
+
     predicted = make_plan(
         settings,
         samples,
@@ -214,9 +223,11 @@ def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
         world=world,
         device=planned_device(job),
         memory=parse_memory(job.device_memory) if job.device_memory else None,
-        measured=lambda changed, clips: measure_classifier(changed, manifest, clips),
+        measured=measured,
     )
     print_plan(predicted, world)
+    if not probes:
+        check_plan(predicted, settings, world, measured, free_model=plan.source is None)
     return predicted
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from diffmae_video.config import Settings, with_overrides
+from diffmae_video.errors import UsageError
 from diffmae_video.masking import make_mask
 from diffmae_video.models.diffmae import DiffMAE, Draw
 from diffmae_video.models.patches import grid_shape
 from diffmae_video.pipelines import console
+from diffmae_video.pipelines.batch_fit import memory_complaint
 from diffmae_video.training.distributed import Distributed
 from diffmae_video.training.footprint import Footprint, fit, measure_step, shapes_only
 from diffmae_video.training.hardware import choose_precision, free_memory, peak_flops, resolve_precision
@@ -92,15 +94,28 @@ def fit_batch(
 
 
 def settle_parts(
-    settings: Settings, processes: Distributed, measured: Callable[[Settings, int], Footprint] = measure
+    settings: Settings,
+    processes: Distributed,
+    measured: Callable[[Settings, int], Footprint] = measure,
+    *,
+    free_model: bool = True,
 ) -> int:
-    """`fit_batch` for a training that is about to begin: rank 0 looks at its device, all take its answer."""
+    """`fit_batch` for a training that is about to begin: rank 0 looks at its device, all take its answer.
+
+    Raises:
+        UsageError: not even one clip at once fits. A number as `train.accumulate` is the user's word: a note tells.
+    """
     parts = 1
-    if processes.main and settings.train.accumulate == "auto":
+    if processes.main:
         precision = resolve_precision(settings.train.precision, processes.device)
         memory = free_memory(processes.device, processes.local_world)
         settled = with_overrides(settings, train={"precision": precision})
         parts, cost = fit_batch(settled, processes.world, memory, measured)
+        complaint = memory_complaint(settled, processes.world, memory, cost, measured, free_model=free_model)
+        if complaint and settings.train.accumulate == "auto":
+            raise UsageError(complaint)
+        if complaint:
+            console.say(f"Note: {complaint}")
         if parts > 1:
             clips = math.ceil(settings.train.batch_size / processes.world / parts)
             shown = f"{cost.memory() / 2**30:.1f} GiB of {memory / 2**30:.1f}"
@@ -182,3 +197,23 @@ def print_plan(plan: Plan, world: int) -> None:
         ("device hours", "unknown" if plan.hours is None else f"{plan.hours * world:.2f}"),
     ]
     console.table("Plan", ("what", "value"), rows)
+
+
+def check_plan(
+    plan: Plan,
+    settings: Settings,
+    world: int,
+    measured: Callable[[Settings, int], Footprint] = measure,
+    *,
+    free_model: bool = True,
+) -> None:
+    """Refuse a plan that does not fit the memory, as the training itself would.
+
+    Raises:
+        UsageError: with settings that fit.
+    """
+    settled = with_overrides(settings, train={"precision": plan.precision.partition(" ")[0]})
+    memory = plan.given_gib * 2**30
+    complaint = memory_complaint(settled, world, memory, plan.cost, measured, free_model=free_model)
+    if complaint:
+        raise UsageError(complaint)

@@ -9,12 +9,12 @@ from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.job import Job
-from diffmae_video.pipelines.plan import Plan, make_plan, measure, print_plan
+from diffmae_video.pipelines.plan import Plan, check_plan, make_plan, measure, print_plan
 from diffmae_video.pipelines.recipes import planned_device, resolve_settings
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training import distributed
 from diffmae_video.training.hardware import core_count, parse_memory
-from diffmae_video.training.task import micro_batch_size
+from diffmae_video.training.task import micro_batch_size, need_clips
 
 
 def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
@@ -31,6 +31,9 @@ def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
     settings, manifests = find_data(settings, kind, job.data)
     settings = _settle_labels(settings, manifests)
     recipe = line.removeprefix("Recipe: ").rpartition(" (")[0]  # a path may hold spaces
+    if not settings.data.sources:
+        samples = manifests[0].splits[settings.data.split]
+        need_clips(settings, samples * settings.data.repeats, max(job.nproc, distributed.ranks_from_environment()[1]))
     return _fit_to_machine(settings, job.nproc), recipe, manifests
 
 
@@ -44,6 +47,7 @@ def predict_pretrain(settings: Settings, job: Job, manifests: list[Manifest], th
     device = planned_device(job)
     plan = make_plan(settings, samples, size, world=world, device=device, throughput=throughput, memory=memory)
     print_plan(plan, world)
+    check_plan(plan, settings, world)
     return plan
 
 

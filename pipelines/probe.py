@@ -15,7 +15,7 @@ from diffmae_video.data.manifest import Manifest
 from diffmae_video.data.order import label_subset
 from diffmae_video.evaluation.metrics import ClassificationScores, classification_scores
 from diffmae_video.evaluation.predictions import FILE, Predictions, write_json, write_predictions
-from diffmae_video.evaluation.probes import fit_head, fit_linear, knn_probabilities
+from diffmae_video.evaluation.probes import ITERATIONS, PENALTIES, fit_head, fit_linear, knn_probabilities
 from diffmae_video.evaluation.views import Protocol
 from diffmae_video.models.classifier import Classifier
 from diffmae_video.models.weights import save_model
@@ -60,9 +60,15 @@ def probe(run: RunFolder, loaded: Loaded, manifest: Manifest, info: dict[str, An
     directory.mkdir(parents=True, exist_ok=True)
     classifier, facts = None, {}
     if protocol == "knn":
-        probabilities = knn_probabilities(
-            test.features, train.features, train.labels, len(manifest.classes), neighbours=settings.finetune.knn
-        )
+        with console.progress(len(test.labels), "nearest neighbours", "videos") as bar:
+            probabilities = knn_probabilities(
+                test.features,
+                train.features,
+                train.labels,
+                len(manifest.classes),
+                neighbours=settings.finetune.knn,
+                advance=bar.update,
+            )
     else:
         fit = _linear if protocol == "linear" else _attentive
         classifier, facts = fit(loaded, train, len(manifest.classes))
@@ -74,7 +80,14 @@ def probe(run: RunFolder, loaded: Loaded, manifest: Manifest, info: dict[str, An
 
 def _linear(loaded: Loaded, train: Features, classes: int) -> tuple[Classifier, dict[str, float]]:
     settings = loaded.settings
-    fitted = fit_linear(train.features, train.labels, classes, seed=settings.seed)
+    with console.progress((len(PENALTIES) + 1) * ITERATIONS, "linear probe", "iterations") as bar:
+        fitted = fit_linear(
+            train.features,
+            train.labels,
+            classes,
+            seed=settings.seed,
+            advance=lambda count, loss: bar.update(count, loss=f"{loss:.3f}"),
+        )
     pool = "class" if settings.finetune.pool == "class" else "mean"
     classifier = Classifier(copy.deepcopy(loaded.model.encoder), classes, pool=pool).cpu().eval()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from diffmae_video.pipelines.recipes import planned_device
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training.footprint import Footprint
 from diffmae_video.training.hardware import parse_memory
+from diffmae_video.training.task import largest_batch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         Candidate("image-large", (), 100_000),
     ),
 }
+FEW = 1_000
+"""Below so many samples, pre-training on them has not helped recognition (docs/howto/recipe.md)."""
+SMALL, LONGEST = 20_000, 3_200
+"""Below SMALL samples more passes than the recipe's make sense, up to LONGEST: VideoMAE's number for UCF101."""
 SHORTEST = 0.25
 """Of a recipe's own length: a training that is cut shorter gives less than a smaller model that is trained well."""
 
@@ -63,6 +68,9 @@ class Fitted:
     enough: bool
     """The data are as many as such a model wants."""
 
+    batch: int
+    """Clips of a step: the recipe's, or as many as the data fill."""
+
     @property
     def share(self) -> float:
         """Of the recipe's own length."""
@@ -72,6 +80,8 @@ class Fitted:
         """The command that trains it."""
         kind = "--image" if self.settings.model.frames == 1 else "--video"
         changes = list(self.candidate.set)
+        if self.batch != self.settings.train.batch_size:
+            changes.append(f"train.batch_size={self.batch}")
         if self.share < 1:
             changes.append(f"train.epochs={self.epochs:g}")
         texts = "".join(f" --set {text}" for text in changes)
@@ -107,33 +117,40 @@ def fit_recipe(
     device = planned_device(job)
     memory = parse_memory(job.device_memory) if job.device_memory else None
     found = []
-    for candidate in candidates or CANDIDATES[manifest.kind]:
-        settings = load_settings(candidate.recipe, "pretrain", candidate.set)
-        samples = manifest.splits.get(settings.data.split, 0)
-        if not samples:
-            known = ", ".join(manifest.splits) or "none"
-            raise UsageError(
-                f"{manifest.root} has no split {settings.data.split} (it has {known}); shard clips for it."
+    tried = candidates or CANDIDATES[manifest.kind]
+    with console.progress(len(tried), "recipes fit", "recipes") as bar:
+        for candidate in tried:
+            settings = load_settings(candidate.recipe, "pretrain", candidate.set)
+            samples = manifest.splits.get(settings.data.split, 0)
+            if not samples:
+                known = ", ".join(manifest.splits) or "none"
+                raise UsageError(
+                    f"{manifest.root} has no split {settings.data.split} (it has {known}); shard clips for it."
+                )
+            clips, batch = samples * settings.data.repeats, settings.train.batch_size
+            if clips < batch:
+                batch = largest_batch(settings, clips, job.nproc) or batch
+            size = sum(shard.bytes for shard in manifest.shards if shard.split == settings.data.split)
+            plan = make_plan(settings, samples, size, world=job.nproc, device=device, memory=memory, measured=measured)
+            took = plan.hours
+            if tflops:
+                rate = job.nproc * tflops * 1e12 * ASSUMED_UTILIZATION / plan.cost.train_flops
+                took = plan.steps * settings.train.batch_size / rate / 3600
+            share = min(1.0, hours / took) if hours and took else 1.0
+            epochs = settings.train.epochs * share
+            found.append(
+                Fitted(
+                    candidate,
+                    settings,
+                    plan,
+                    took,
+                    float(f"{epochs:.2g}") if share < 1 else epochs,
+                    plan.micro_batch >= 1 and plan.memory_gib <= plan.given_gib,
+                    samples >= candidate.samples,
+                    batch,
+                )
             )
-        size = sum(shard.bytes for shard in manifest.shards if shard.split == settings.data.split)
-        plan = make_plan(settings, samples, size, world=job.nproc, device=device, memory=memory, measured=measured)
-        took = plan.hours
-        if tflops:
-            rate = job.nproc * tflops * 1e12 * ASSUMED_UTILIZATION / plan.cost.train_flops
-            took = plan.steps * settings.train.batch_size / rate / 3600
-        share = min(1.0, hours / took) if hours and took else 1.0
-        epochs = settings.train.epochs * share
-        found.append(
-            Fitted(
-                candidate,
-                settings,
-                plan,
-                took,
-                float(f"{epochs:.2g}") if share < 1 else epochs,
-                plan.micro_batch >= 1 and plan.memory_gib <= plan.given_gib,
-                samples >= candidate.samples,
-            )
-        )
+            bar.update(1)
     able = [one for one in found if one.fits]
     if not able:
         raise UsageError(
@@ -174,7 +191,8 @@ def print_fit(chosen: Fitted, found: Sequence[Fitted], data: str, hours: float |
                 why,
             ]
         )
-    columns = ["recipe", "parameters", "memory", "clips at once", "passes", "time", "passes then", ""]
+    columns = ["recipe", "parameters", "memory", "clips at once", "its passes", "time for them"]
+    columns += [f"passes in {hours:g} h" if hours else "passes", "note"]
     samples = chosen.plan.samples
     console.table(f"Recipes for {data}: {samples:,} samples to train on", columns, rows)
     if chosen.hours is None:
@@ -186,4 +204,15 @@ def print_fit(chosen: Fitted, found: Sequence[Fitted], data: str, hours: float |
     if chosen.share < SHORTEST:
         least = math.ceil(SHORTEST * (chosen.hours or 0))
         console.say(f"Note: even this one would want {least} hours or more; what comes of so few passes is little.")
+    allowed = LONGEST if hours is None or not chosen.hours else chosen.settings.train.epochs * hours / chosen.hours
+    allowed = float(f"{min(allowed, LONGEST):.2g}")
+    if hours is not None and samples < SMALL and allowed >= 2 * chosen.epochs:
+        console.say(
+            f"Note: these hours allow --set train.epochs={allowed:g}; small sets want more passes than the recipe has."
+        )
+    if samples < FEW:
+        console.say(
+            f"Note: {samples:,} samples are few for a pre-training of your own: try published weights as well "
+            "(diffmae import), and compare by a probe."
+        )
     console.say(chosen.words(data))

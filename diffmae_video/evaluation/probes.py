@@ -16,6 +16,9 @@ from torch import Tensor, nn
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Weights of the squared norm that the linear probe tries."""
 
+ITERATIONS = 300
+"""Of L-BFGS, at most, for each penalty."""
+
 
 @dataclass(frozen=True)
 class LinearProbe:
@@ -28,12 +31,22 @@ class LinearProbe:
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, classes: int, *, penalties: Sequence[float] = PENALTIES, seed: int = 0
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+    advance: Callable[[int, float], None] = lambda iterations, loss: None,
 ) -> LinearProbe:
     """Logistic regression of features (n, D), standardised inside and folded back, so that it fits a plain head.
 
     The penalty is chosen on a held-out fifth (by seed) and the fit repeated on everything. The problem is convex: the
     result does not depend on a learning rate, batch size or schedule.
+
+    Args:
+        advance: told the iterations since it was last called, and the loss; they add up to ITERATIONS for each penalty
+            and for the last fit, also where a fit needs fewer.
     """
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
     scaled = ((features - mean) / std).double()  # (n, D)
@@ -43,42 +56,61 @@ def fit_linear(
     if len(penalties) > 1 and len(held):
         start = None
         for penalty in sorted(penalties, reverse=True):  # from strong to weak, each from the one before: fast
-            start = _logistic(scaled[kept], labels[kept], classes, penalty, start)
+            start = _logistic(scaled[kept], labels[kept], classes, penalty, start, advance)
             top1 = (scaled[held] @ start[0].T + start[1]).argmax(dim=1).eq(labels[held]).double().mean().item()
             best = max(best, (top1, penalty))
-    weight, bias = _logistic(scaled, labels, classes, best[1], None)
+    weight, bias = _logistic(scaled, labels, classes, best[1], None, advance)
     weight = weight / std
     return LinearProbe(weight.float(), (bias - weight @ mean.double()).float(), best[1], max(best[0], 0.0))
 
 
 def _logistic(
-    features: Tensor, labels: Tensor, classes: int, penalty: float, start: tuple[Tensor, Tensor] | None
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    start: tuple[Tensor, Tensor] | None,
+    advance: Callable[[int, float], None],
 ) -> tuple[Tensor, Tensor]:
     """Minimise mean cross entropy + penalty / 2 * |weight|^2 by L-BFGS; weight (K, D), bias (K,)."""
     weight = torch.zeros(classes, features.shape[1], dtype=features.dtype) if start is None else start[0].clone()
     bias = torch.zeros(classes, dtype=features.dtype) if start is None else start[1].clone()
     weight.requires_grad_(), bias.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-7
+        [weight, bias], max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-7
     )
+    told = 0
 
     def objective() -> Tensor:
+        nonlocal told
         optimizer.zero_grad()
         loss = F.cross_entropy(features @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
         loss.backward()
+        part = int(told < ITERATIONS)  # a line search evaluates more than once in an iteration
+        told += part
+        advance(part, loss.detach().item())
         return loss
 
     with torch.enable_grad():
-        optimizer.step(objective)
+        last = optimizer.step(objective)
+    advance(ITERATIONS - told, last.detach().item())
     return weight.detach(), bias.detach()
 
 
 def knn_probabilities(
-    queries: Tensor, features: Tensor, labels: Tensor, classes: int, *, neighbours: int, temperature: float = 0.07
+    queries: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    neighbours: int,
+    temperature: float = 0.07,
+    advance: Callable[[int], None] = lambda queries: None,
 ) -> Tensor:
     """Class probabilities (q, K) of queries (q, D) from their nearest features (n, D) by cosine similarity.
 
-    Each of the k neighbours votes with weight exp(similarity / temperature).
+    Each of the k neighbours votes with weight exp(similarity / temperature). `advance` is told how many more queries
+    have their answer.
 
     Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination (CVPR 2018), 3.4.
     """
@@ -89,6 +121,7 @@ def knn_probabilities(
         similarity, index = (part @ bank.T).topk(neighbours, dim=1)  # (q, k)
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
         rows.append(torch.zeros(len(part), classes).scatter_add_(1, labels[index], votes))
+        advance(len(part))
     scores = torch.cat(rows)
     return scores / scores.sum(dim=1, keepdim=True)
 

@@ -108,3 +108,33 @@ def micro_batch_size(train: TrainSettings, world: int, batch_size: int | None = 
             f"{train.micro_batches}; make it a multiple of {parts}."
         )
     return batch_size // parts
+
+
+def largest_batch(settings: Settings, clips: int, world: int) -> int:
+    """The largest batch that `clips` clips fill and that divides among processes, micro-batches and repeats: their
+    product times a power of two, as recipes have it; 0 where there is none."""
+    least = world * settings.train.micro_batches * settings.data.repeats
+    return least << ((clips // least).bit_length() - 1) if clips >= least else 0
+
+
+def need_clips(settings: Settings, clips: int, world: int) -> None:
+    """Refuse a batch that is larger than an epoch: it would hold clips twice.
+
+    Args:
+        clips: of an epoch, repeats included.
+        world: processes that share the batch.
+
+    Raises:
+        UsageError: with a batch size that works.
+    """
+    train = settings.train
+    if clips >= train.batch_size:
+        return
+    batch = largest_batch(settings, clips, world)
+    remedy = f"set train.batch_size={batch}" if batch else f"take fewer than {world} processes"
+    if not batch and train.micro_batches > 1:
+        remedy = "set train.accumulate=auto"
+    raise UsageError(
+        f"The split {settings.data.split} has {clips} clips an epoch, fewer than train.batch_size = "
+        f"{train.batch_size}; {remedy}, or add data."
+    )

@@ -20,7 +20,7 @@ from diffmae_video.training.logging import RunLog
 from diffmae_video.training.meter import Meter
 from diffmae_video.training.run import Run
 from diffmae_video.training.stepper import Stepper
-from diffmae_video.training.task import Task
+from diffmae_video.training.task import Task, need_clips
 
 
 class Trainer:
@@ -37,11 +37,8 @@ class Trainer:
         self.sharded = distributed.world > 1 and self.train.sharding == "fsdp"
         self.stream = task.open_stream(distributed.rank, distributed.world)
         clips_an_epoch = self.stream.samples_per_epoch * settings.data.repeats
-        if not settings.data.sources and clips_an_epoch < self.train.batch_size:
-            raise UsageError(
-                f"The split {settings.data.split} has {clips_an_epoch} clips an epoch, fewer than train.batch_size = "
-                f"{self.train.batch_size}; lower it or add data."
-            )
+        if not settings.data.sources:
+            need_clips(settings, clips_an_epoch, distributed.world)
         batch = self.train.batch_size
         self.steps_per_epoch = clips_an_epoch / batch
         self.total = self.train.steps or max(1, round(self.train.epochs * self.steps_per_epoch))

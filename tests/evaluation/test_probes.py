@@ -8,7 +8,7 @@ import torch
 from scipy import optimize, special
 from torch import nn
 
-from diffmae_video.evaluation.probes import fit_head, fit_linear, knn_probabilities
+from diffmae_video.evaluation.probes import ITERATIONS, PENALTIES, fit_head, fit_linear, knn_probabilities
 
 
 def blobs(n: int = 120, width: int = 6, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +45,18 @@ def test_linear_probe_generalises_and_is_deterministic() -> None:
     top1 = (features[200:] @ probe.weight.T + probe.bias).argmax(1).eq(labels[200:]).float().mean()
     assert top1 > 0.75
     assert 0.5 < probe.held_out_top1 <= 1
+
+
+def test_probes_tell_how_far_they_are() -> None:
+    features, labels = blobs(60)
+    told: list[tuple[int, float]] = []
+    fit_linear(features, labels, 3, advance=lambda count, loss: told.append((count, loss)))
+    assert sum(count for count, _ in told) == (len(PENALTIES) + 1) * ITERATIONS
+    assert len(told) > 2 * len(PENALTIES)  # within a fit as well
+    assert told[0][1] == pytest.approx(np.log(3), abs=1e-6)  # all weights are zero
+    answered: list[int] = []
+    knn_probabilities(features, features, labels, 3, neighbours=5, advance=answered.append)
+    assert sum(answered) == 60
 
 
 def test_linear_probe_survives_constant_features_and_absent_classes() -> None:

@@ -72,6 +72,20 @@ def test_the_proposed_command_is_one_and_says_the_length(shards: Manifest, capsy
     assert load_settings("video-base", "pretrain", [words[-1]]).train.epochs == chosen.epochs
 
 
+def test_a_small_set_gets_a_batch_that_it_fills_and_is_told_what_to_expect(
+    shards: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(data=shards.root, device="cpu", device_memory="1000GiB", dry_run=True)
+    chosen, found = fit_recipe(job, 3.0, 1000.0, candidates=(Candidate("videomae-base"),), measured=measured)
+    assert chosen.settings.train.batch_size > 100
+    assert chosen.batch == 64
+    print_fit(chosen, found, "shards", 3.0)
+    shown = capsys.readouterr().out
+    assert f"--set train.batch_size={chosen.batch}" in shown.splitlines()[-1]
+    assert "Note: these hours allow --set train.epochs=3200;" in shown
+    assert "Note: 100 samples are few" in shown
+
+
 def test_candidates_are_recipes_in_ascending_order() -> None:
     for kind, candidates in CANDIDATES.items():
         assert [one.samples for one in candidates] == sorted(one.samples for one in candidates)

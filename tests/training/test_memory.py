@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
-from diffmae_video.config import load_settings, read_settings
+from diffmae_video.config import load_settings, read_settings, with_overrides
 from diffmae_video.errors import DiffmaeError, UsageError
 from diffmae_video.pipelines import plan as plans
 from diffmae_video.pipelines.job import Job
@@ -114,11 +115,40 @@ def test_a_number_of_micro_batches_is_kept_whatever_the_memory():
 def test_the_run_takes_what_the_estimate_says(runs, tmp_path, monkeypatch, capsys):
     seen: list[int] = []
     monkeypatch.setattr(PretrainTask, "loss", limited(PretrainTask, 4, seen))
-    monkeypatch.setattr(plans, "free_memory", lambda *_: 1.0)
+    needed = measure(with_overrides(runs.settings(), train={"accumulate": 4}), 1).memory()
+    monkeypatch.setattr(plans, "free_memory", lambda *_: needed + 1)
     runs.here(tmp_path / "run", "train.steps=1")
     assert seen == [1, 1, 1, 1]
     assert "Micro-batches: 4 of 1 clips" in capsys.readouterr().out
     assert read_settings(tmp_path / "run" / "config.toml").train.accumulate == "auto"
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_clip_that_does_not_fit_is_refused_with_settings_that_fit(stage, runs, tmp_path, monkeypatch):
+    larger = ("model.size=[128, 128]", "train.steps=1")
+    start = runs.here if stage == "pretrain" else runs.finetune
+    monkeypatch.setattr(plans, "free_memory", lambda *_: 55 * 2**20)
+    with pytest.raises(UsageError, match=r"A step with a single clip at once takes .* set ") as refused:
+        start(tmp_path / "run", *larger)
+    remedy = [text.rstrip(",") for text in re.findall(r"\w+\.\w+=(?:\[.*?\]|\S+)", str(refused.value))]
+    assert remedy
+    assert start(tmp_path / "run", *larger, *remedy).step == 1
+    monkeypatch.setattr(plans, "free_memory", lambda *_: 1.0)
+    with pytest.raises(UsageError, match="take a device with more memory"):
+        start(tmp_path / "other", *larger)
+
+
+def test_plan_of_a_clip_that_does_not_fit_ends_with_settings_that_fit(runs, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"takes 0\.06 GiB of memory, 0\.05 are free; set train\.grad_checkpointing"):
+        runs.here(tmp_path / "run", "model.size=[128, 128]", dry_run=True, device_memory="55MiB")
+    assert "memory a process" in capsys.readouterr().out
+
+
+def test_a_number_of_micro_batches_that_does_not_fit_is_told_and_tried(runs, tmp_path, monkeypatch, capsys):
+    settings = with_overrides(runs.settings(), train={"accumulate": 1})
+    monkeypatch.setattr(plans, "free_memory", lambda *_: measure(settings, 4).memory() - 1)
+    assert runs.here(tmp_path / "run", "train.accumulate=1", "train.steps=1").step == 1
+    assert "Note: A step with train.accumulate=1 takes" in capsys.readouterr().out
 
 
 def test_plan_for_a_device_that_is_not_here(small_shards, monkeypatch, tmp_path, capsys):

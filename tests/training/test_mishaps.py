@@ -176,8 +176,12 @@ def test_folder_of_something_else_is_refused(runs, tmp_path):
 
 
 def test_too_few_samples(runs, tmp_path):
-    with pytest.raises(UsageError, match=r"22 clips an epoch, fewer than train\.batch_size = 32"):
-        runs.here(tmp_path / "run", "train.batch_size=32")
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"22 clips an epoch, fewer than .* = 32; set train\.batch_size=16"):
+            runs.here(tmp_path / "run", "train.batch_size=32", dry_run=dry_run)
+    assert runs.here(tmp_path / "run", "train.batch_size=16", "train.steps=1").step == 1
+    with pytest.raises(UsageError, match=r"set train\.batch_size=6, or"):  # 3 micro-batches of one video, twice
+        runs.here(tmp_path / "other", "train.batch_size=60", "train.accumulate=3", "data.repeats=2", "data.split=val")
 
 
 @pytest.mark.parametrize("there", [False, True])
