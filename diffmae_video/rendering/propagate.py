@@ -33,6 +33,8 @@ DOUBTFUL = 10.0**2
 """Expected error at which the confidence is a half."""
 SEAMLESS = 0.5
 """Confidence below which the edge of a hole is smoothed, wholly below half of it."""
+BYTES = 7
+"""Bytes that a frame of the window takes for each pixel: its colours, greys, masks, and the picture that is written."""
 MARGIN, LEAST_MARGIN, MOST_MARGIN = 0.4, 16, 64
 """Room around a hole: share of its longer side, and limits in pixels."""
 
@@ -42,11 +44,19 @@ class PropagateSettings:
     """How far and how often other frames are looked at."""
 
     window: int = 30
-    """Frames before and after the one that is filled; twice as many and one are held."""
+    """Frames before and after the one that is filled; twice as many and one are held. Fewer where `memory` is less."""
+    memory: int = 1 << 30
+    """Bytes of the frames that are held: 1 GiB holds 30 before and after of 1920 x 1080 pixels, 8 of 3840 x 2160."""
     candidates: int = 12
     """Frames that are aligned for each hole; time rises with them."""
     least: float = 0.1
     """Confidence from which on a place counts as seen."""
+
+    def reach(self, height: int, width: int) -> int:
+        """Frames of this size before and after the one that is filled that are held: `window`, or as many as `memory`
+        has room for, but 2 at least."""
+        held = self.memory // (BYTES * height * width)
+        return max(min(self.window, 2), min(self.window, (held - 1) // 2))
 
 
 Seen = tuple[int, np.ndarray, np.ndarray, np.ndarray]
@@ -68,7 +78,7 @@ class Propagator:
         frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
         wanted: Callable[[int], bool] = lambda _: True,
     ) -> Iterator[Seen]:
-        """Fill frames and yield each, in order, once `window` frames after it were read.
+        """Fill frames and yield each, in order, once `window` frames after it were read, or fewer (`memory`).
 
         Args:
             frames: (number, rgb uint8 (H, W, 3), hidden bool (H, W)), all of one size; kept while they are in the
@@ -84,21 +94,23 @@ class Propagator:
         window: deque[View] = deque()
         links: deque[_Link] = deque()  # from the frame before
         position, ended = 0, False  # of the frame that is filled next
+        reached = self.settings.window
         while True:
-            while not ended and len(window) <= position + self.settings.window:
+            while not ended and len(window) <= position + reached:
                 item = next(source, None)
                 if item is None:
                     ended = True
                     break
                 view = View(*item)
                 del item
+                reached = self.settings.reach(*view.hidden.shape)
                 links.append(_Link(window[-1] if window else None, view))
                 window.append(view)
             if position == len(window):
                 return
             with one_thread():
                 answer = self._fill(list(window), list(links), position, wanted(window[position].number))
-            if position == self.settings.window:
+            if position == reached:
                 window.popleft()
                 links.popleft()
             else:

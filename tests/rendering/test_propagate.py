@@ -193,9 +193,17 @@ def test_what_passes_before_the_scene_is_not_copied() -> None:
     assert miss(result, frames, seen).max() < 20  # the ball differs by 100
 
 
-def test_memory_is_bounded_by_the_window() -> None:
-    settings = PropagateSettings(window=3, candidates=2)
-    scene, alive, most = picture(10, width=400), [], 0
+@pytest.mark.parametrize(
+    ("settings", "reached"),
+    [
+        (PropagateSettings(window=3, candidates=2), 3),
+        (PropagateSettings(window=30, candidates=2, memory=11 * 7 * HEIGHT * WIDTH), 5),  # 7 bytes a pixel, 11 frames
+        (PropagateSettings(window=30, candidates=2, memory=0), 2),
+    ],
+    ids=["window", "memory", "least"],
+)
+def test_memory_is_bounded_by_the_window(settings: PropagateSettings, reached: int) -> None:
+    scene, alive, most, done = picture(10, width=400), [], 0, 0
 
     def frames() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for n in range(30):
@@ -204,9 +212,17 @@ def test_memory_is_bounded_by_the_window() -> None:
             yield n, rgb, still_holes(1)[0]
 
     for number, *_ in Propagator(settings).stream(frames()):
-        assert len(alive) <= number + settings.window + 1  # no further ahead than the window
-        most = max(most, sum(one() is not None for one in alive))
-    assert most <= 2 * settings.window + 2  # and one on its way in
+        assert len(alive) <= number + reached + 1  # no further ahead than the window
+        most, done = max(most, sum(one() is not None for one in alive)), done + 1
+    assert 2 * reached + 1 <= most <= 2 * reached + 2  # and one on its way in
+    assert done == 30
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "reached"), [(480, 854, 30), (1080, 1920, 30), (2160, 3840, 8), (4320, 7680, 2)]
+)
+def test_large_frames_are_held_in_smaller_numbers(height: int, width: int, reached: int) -> None:
+    assert PropagateSettings().reach(height, width) == reached
 
 
 def test_the_number_of_threads_changes_nothing() -> None:

@@ -94,7 +94,7 @@ class Runs:
             processes.append(context.Process(target=self._in_child, args=arguments))
             processes[-1].start()
         for process in processes:
-            process.join(120)
+            process.join(300)
         hanging = [process for process in processes if process.exitcode is None]
         for process in hanging:
             process.kill()
@@ -105,7 +105,7 @@ class Runs:
     def _in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
         gc.freeze()
         os.environ.update(environment)
-        faulthandler.dump_traceback_later(110)  # where it hangs is shown before the parent kills it
+        faulthandler.dump_traceback_later(280)  # where it hangs is shown before the parent kills it
         code = 0
         try:
             if before is not None:
