@@ -3,15 +3,15 @@
     python benchmarks/sampling.py layout REAL FOLDERS && diffmae shard FOLDERS SHARDS --short-side 56 --crf 18
     python benchmarks/sampling.py train plain --data SHARDS --out WORK/plain       # likewise pca, flow-velocity
     python benchmarks/sampling.py curve --runs WORK/* --data SHARDS                # every checkpoint of MARKS
-    python benchmarks/sampling.py grid --runs WORK/pca --data SHARDS               # all samplers, newest checkpoint
+    python benchmarks/sampling.py grid --runs WORK/pca --data SHARDS --seeds 3     # all samplers, newest checkpoint
     python benchmarks/sampling.py errors --runs WORK/* --data SHARDS               # x_0 error by amount of noise
     python benchmarks/sampling.py plot
 
-`curve`, `grid` and `errors` add to benchmarks/results/sampling.json and skip what stands there already, so all
-can be stopped and run again. All models have the same encoder, decoder, order of clips, masks and seeds; figures are
-those of the moving average of the weights. The learning rate is constant after the warm-up, so that a checkpoint stands
-for a training of its length. Held-out clips: tennis7 and jhmdb by their splits, four of clips/. Rows of the arm `skip`
-are of a target that lost and was removed (docs/decisions.md).
+`curve` and `errors` add to benchmarks/results/sampling.json, `grid` to sampling-grid.json (more clips), and skip what
+stands there already, so all can be stopped and run again. All models have the same encoder, decoder, order of clips,
+masks and seeds; figures are those of the moving average of the weights. The learning rate is constant after the
+warm-up, so that a checkpoint stands for a training of its length. Held-out clips: tennis7 and jhmdb by their splits,
+four of clips/. Rows of the arm `skip` are of a target that lost and was removed (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -69,9 +69,14 @@ ARMS: dict[str, list[str]] = {
 }
 CURVE = [("ddim", steps) for steps in (1, 3, 10, 50)]
 GRID = [(sampler, steps) for steps in (2, 3, 5, 10, 20, 50) for sampler in ("ddim", "dpm++", "heun", "ddpm")]
+LONG = [("ddim", 250), ("ddpm", 250), ("ddpm", 1000)]
+"""Measured with one seed."""
+MEANS = [("ddim", 10), ("ddpm", 50)]
+"""Of which the mean of 16 samples is measured."""
 SHARES = {"jhmdb": 22, "tennis": 22, "clips": 4}
-"""Held-out clips by folder, evenly spread."""
-FILE = RESULTS / "sampling.json"
+"""Held-out clips by folder, evenly spread, for `curve` and `errors`."""
+GRID_SHARES = {"jhmdb": 30, "tennis": 30, "clips": 4}
+FILE, GRID_FILE = RESULTS / "sampling.json", RESULTS / "sampling-grid.json"
 FRAME_STEP = 4  # of the frames of a clip, every fourth one is described by features
 
 
@@ -136,31 +141,36 @@ def train(arm: str, data: str, out: Path) -> None:
 
 def measure(runs: list[Path], data: str, seeds: int, *, whole: bool) -> None:
     """Add rows to the file: for each checkpoint in question, mask, sampler and number of steps."""
-    clips = held_out(runs[0], data)
+    file, shares = (GRID_FILE, GRID_SHARES) if whole else (FILE, SHARES)
+    clips = held_out(runs[0], data, shares)
     sources = to_frames(clips)
     features = DeepFeatures()
     originals = [features(clip[::FRAME_STEP]) for clip in sources]
-    rows = read_rows()
+    rows = read_rows(file=file)
     done = {key(row) for row in rows}
     for run in runs:
         marks = [mark for mark in MARKS if checkpoint(run, mark) is not None]
         for mark in marks[-1:] if whole else marks:
             model = averaged(run, mark)
-            plan = [(*pair, 1) for pair in CURVE]
-            plan += [*((*pair, 1) for pair in GRID), ("ddpm", 250, 1), ("ddim", 10, 8)] if whole else []
-            for text in MASKS if whole or mark == marks[-1] else MASKS[:2]:
-                for sampler, steps, samples in plan:
-                    for seed in range(seeds):
-                        row: dict[str, Any] = {"arm": run.name.removeprefix("run-"), "clips_seen": mark * 16}
-                        row |= {"mask": text, "sampler": sampler, "steps": steps, "samples": samples, "seed": seed}
-                        if key(row) in done:
-                            continue
-                        row |= figures(model, clips, sources, originals, features, row)
-                        done.add(key(row))
-                        rows.append(row)
-                        print(row, file=sys.stderr, flush=True)
-                        write(rows=rows)
+            for text, (sampler, steps, samples, seed) in plan_of(seeds, whole=whole, last=mark == marks[-1]):
+                row: dict[str, Any] = {"arm": run.name.removeprefix("run-"), "clips_seen": mark * 16}
+                row |= {"mask": text, "sampler": sampler, "steps": steps, "samples": samples, "seed": seed}
+                if key(row) in done:
+                    continue
+                row |= figures(model, clips, sources, originals, features, row)
+                done.add(key(row))
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
+                write(file, shares, rows=rows)
     show([{name: row.get(name) for name in SHOWN} for row in rows])
+
+
+def plan_of(seeds: int, *, whole: bool, last: bool) -> list[tuple[str, tuple[str, int, int, int]]]:
+    """What is measured of a checkpoint: (mask, (sampler, steps, samples, seed)), what matters most first."""
+    masks = MASKS if whole or last else MASKS[:2]
+    short = [(*pair, 1, seed) for seed in range(seeds) for pair in (CURVE + GRID if whole else CURVE)]
+    long = [*((*pair, 16, 0) for pair in MEANS), *((*pair, 1, 0) for pair in LONG)] if whole else []
+    return [(text, one) for some in (dict.fromkeys(short), long) for text in masks for one in some]
 
 
 SHOWN = ("arm", "clips_seen", "mask", "sampler", "steps", "samples", "seed", "psnr", "features", "frechet")
@@ -193,7 +203,10 @@ def figures(
         single = [psnr(sources, one, hidden) for one in made]
         mean = np.mean([one.astype(np.float32) for one in made], axis=0)
         error = (mean - sources)[np.broadcast_to(hidden[..., None], mean.shape)]
-        return {"psnr": psnr_of(float((error**2).mean())), "psnr_single": float(np.mean(single)), "seconds": seconds}
+        with torch.autocast("cpu", torch.bfloat16):
+            first = psnr(sources, filled(model, clips, mask, "ddim", 1, seeds=seeds), hidden)
+        found = {"psnr": psnr_of(float((error**2).mean())), "psnr_single": float(np.mean(single))}
+        return {**found, "psnr_first_step": first, "seconds": seconds}
     described = [features(clip[::FRAME_STEP]) for clip in made[0]]
     distances = [cosine_distance(a, b).mean() for a, b in zip(originals, described, strict=True)]
     return {
@@ -205,7 +218,7 @@ def figures(
     }
 
 
-def held_out(run: Path, data: str) -> Tensor:
+def held_out(run: Path, data: str, shares: dict[str, int]) -> Tensor:
     """Clips of the validation split, evenly spread in each folder: uint8 (B, T, C, H, W)."""
     settings = with_overrides(read_settings(run / "config.toml"), data={"path": data, "sources": [], "workers": 0})
     stream = build_stream(settings, split="val", batch_size=8, training=False)
@@ -214,7 +227,7 @@ def held_out(run: Path, data: str) -> Tensor:
     clips, labels = torch.cat([batch.clips for batch in batches]), torch.cat([batch.labels for batch in batches])
     chosen: list[int] = []
     classes = sorted(json.loads((Path(data) / "manifest.json").read_text())["classes"])
-    for name, count in SHARES.items():
+    for name, count in shares.items():
         places = torch.nonzero(labels == classes.index(name)).flatten()
         chosen += places[np.linspace(0, len(places) - 1, count).round().astype(int)].tolist()
     return clips[chosen]
@@ -247,22 +260,22 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in SHOWN[:7])
 
 
-def read_rows(name: str = "rows") -> list[dict[str, Any]]:
+def read_rows(name: str = "rows", file: Path = FILE) -> list[dict[str, Any]]:
     """Rows measured so far."""
-    return json.loads(FILE.read_text(encoding="utf-8")).get(name, []) if FILE.exists() else []
+    return json.loads(file.read_text(encoding="utf-8")).get(name, []) if file.exists() else []
 
 
-def write(**tables: list[dict[str, Any]]) -> None:
+def write(file: Path, shares: dict[str, int], **tables: list[dict[str, Any]]) -> None:
     """The file, whole, with these tables in place of what it had of them."""
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "held_out_clips": sum(SHARES.values())}
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "held_out_clips": sum(shares.values())}
     parts = [f'"facts": {json.dumps(facts)}', f'"settings": {json.dumps(SETTINGS)}']
-    for name in ("rows", "errors"):
+    for name in ("rows", "errors") if file == FILE else ("rows",):
         rows = [
             {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-            for row in tables.get(name, read_rows(name))
+            for row in tables.get(name, read_rows(name, file))
         ]
         parts.append(f'"{name}": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
-    write_atomic(FILE, "{" + ",\n ".join(parts) + "}\n")
+    write_atomic(file, "{" + ",\n ".join(parts) + "}\n")
 
 
 # --- error by amount of noise ----------------------------------------------------------------------------------------
@@ -272,7 +285,7 @@ def measure_errors(runs: list[Path], data: str) -> None:
     """Mean squared error of x_0 on hidden patches at `random:0.75`, by the angle between clean and noise, beside that
     of the best linear guess, which knows the deviation of every principal component and sees only the patch's own x_t.
     """
-    clips = normalize_pixels(held_out(runs[0], data), "symmetric")
+    clips = normalize_pixels(held_out(runs[0], data, SHARES), "symmetric")
     rows = read_rows("errors")
     done = {(row["arm"], row["clips_seen"], row["timestep"]) for row in rows}
     for run in runs:
@@ -306,7 +319,7 @@ def measure_errors(runs: list[Path], data: str) -> None:
                 row |= {"sigma": sigma, "error": float((found - truth).square().mean()), "linear_guess": left}
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-            write(errors=rows)
+            write(FILE, SHARES, errors=rows)
     show(rows)
 
 
