@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from diffmae_video._version import __version__
 from diffmae_video.cli import demo, recognition, render, shard, studio, study, system, train, weights
-from diffmae_video.cli.options import STYLE
+from diffmae_video.cli.options import COMMAND, STYLE
 from diffmae_video.errors import DiffmaeError
 from diffmae_video.files import printable
 from diffmae_video.threads import share_cores
@@ -144,6 +145,7 @@ def run(arguments: list[str] | None = None) -> int:
     Errors a user can act on are one line on stderr; everything else is one line too, unless `--debug`.
     """
     command = typer.main.get_command(app)
+    COMMAND.set(shlex.join(["diffmae", *(sys.argv[1:] if arguments is None else arguments)]))
     try:
         with interruptible():
             code = command.main(arguments, prog_name="diffmae", standalone_mode=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +20,8 @@ STYLE: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 """How every command looks and fails."""
+COMMAND: ContextVar[str] = ContextVar("command", default="")
+"""The command line that is being run."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -154,6 +157,7 @@ def job_of(options: dict[str, Any]) -> Job:
     fields = {name: value for name, value in options.items() if name in Job.__dataclass_fields__}
     settings = [f"{key}={options[name]}" for name, key in _SETTINGS.items() if options.get(name)]
     fields["overrides"] = (*(fields.get("overrides") or ()), *settings)
+    fields["command"] = COMMAND.get()
     return Job(**{name: value.value if isinstance(value, Enum) else value for name, value in fields.items()})
 
 

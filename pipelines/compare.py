@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,13 +97,21 @@ def print_comparison(result: CompareResult, name_a: str, name_b: str, most: int 
     """Print the comparison as two tables and one sentence."""
     test = result.test
     rows = [
-        [f"A  {name_a}", result.views_a, result.top1_a * 100],
-        [f"B  {name_b}", result.views_b, result.top1_b * 100],
+        [f"A  {name_a}", _tested(name_a), result.views_a, result.top1_a * 100],
+        [f"B  {name_b}", _tested(name_b), result.views_b, result.top1_b * 100],
     ]
-    console.table(f"Top-1 on the same {test.videos} videos", ["evaluation", "views", "top-1 %"], rows)
+    console.table(f"Top-1 on the same {test.videos} videos", ["evaluation", "of", "views", "top-1 %"], rows)
     console.say(verdict(result))
     shown = [[one.name, one.videos, one.a * 100, one.b * 100, (one.b - one.a) * 100] for one in result.classes[:most]]
     console.table("Largest differences by class", ["class", "videos", "A %", "B %", "B - A"], shown)
+
+
+def _tested(name: str) -> str:
+    """What an evaluation's folder says that it tested; empty where it says nothing."""
+    try:
+        return str(json.loads((Path(name) / "eval.json").read_text(encoding="utf-8")).get("checkpoint") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def verdict(result: CompareResult) -> str:

@@ -27,6 +27,8 @@ from rich.table import Table
 from diffmae_video.files import printable
 
 PLAIN_LINE_SECONDS = 10.0
+PLAIN_LINE_SHARE = 0.02
+"""Off a terminal, lines come further apart the longer the work takes: in two days some hundred, not ten thousand."""
 _listener: ContextVar[Callable[[Step], None] | None] = ContextVar("listener", default=None)
 
 
@@ -96,7 +98,8 @@ class ProgressLine:
 
     def __init__(self, total: int | None, label: str, unit: str) -> None:
         self.total, self.label, self.unit, self.done = total, label, unit, 0
-        self._start = self._shown = time.monotonic()
+        self._start = time.monotonic()
+        self._next = self._start + PLAIN_LINE_SECONDS
         self._bar: Progress | None = None
         output = console()
         self._silent = not is_main_process()
@@ -121,8 +124,9 @@ class ProgressLine:
         if self._bar is not None:
             fields: dict[str, Any] = {"figures": escape(shown)} if figures else {}
             self._bar.update(self._task, completed=self.done, **fields)
-        elif not self._silent and time.monotonic() - self._shown >= PLAIN_LINE_SECONDS:
-            self._shown = time.monotonic()
+        elif not self._silent and time.monotonic() >= self._next:
+            now = time.monotonic()
+            self._next = now + max(PLAIN_LINE_SECONDS, PLAIN_LINE_SHARE * (now - self._start))
             say(self._line(shown))
 
     def tell(self) -> None:
@@ -147,7 +151,7 @@ class ProgressLine:
 
 @contextmanager
 def progress(total: int | None, label: str, unit: str = "items") -> Iterator[ProgressLine]:
-    """Show progress while the block runs: a bar on a terminal, a line every ten seconds elsewhere.
+    """Show progress while the block runs: a bar on a terminal, a line every ten seconds or more elsewhere.
 
     Args:
         total: units of work, or None where it is not known.

@@ -31,6 +31,8 @@ from diffmae_video.training.footprint import Footprint, measure_step, shapes_onl
 from diffmae_video.training.hardware import parse_memory
 from diffmae_video.training.task import need_clips
 
+_ENCODER = ("preset", "width", "depth", "heads", "frames", "size", "tubelet", "patch", "positions")
+
 
 @dataclass(frozen=True)
 class FinetunePlan:
@@ -87,10 +89,28 @@ def plan_finetune(job: Job, task: str, init: str = "auto", protocol: str | None 
     settings = with_overrides(settings, **changes)
     check_probe(settings.finetune.protocol, settings.finetune.pool, settings.model.class_token)
     _check_labels(settings, manifest)
+    if source is None:
+        _tell_other_model(settings)
     if settings.finetune.protocol == "finetune":
         clips = training_samples(manifest, settings.data) * settings.data.repeats
         need_clips(settings, clips, max(job.nproc, ranks_from_environment()[1]))
     return FinetunePlan(task, source, name, settings, manifest)
+
+
+def _tell_other_model(settings: Settings) -> None:
+    """Say where the model from scratch is another one than that of the newest pre-training: they are often compared."""
+    entry = Workspace.here().latest("pretrain")
+    try:
+        known = _read_description(entry.path)["model"] if entry else {}
+    except (DataError, KeyError, UsageError):
+        return
+    own = settings.model.model_dump(mode="json")
+    other = [f"model.{key}={known[key]}" for key in _ENCODER if known.get(key, own[key]) != own[key]]
+    if entry and other:
+        console.say(
+            f"Note: the newest pre-training ({entry.path}) has {', '.join(other)}; for a comparison with it, give "
+            "the same with --set."
+        )
 
 
 def check_probe(protocol: str, pool: str, class_token: bool) -> None:

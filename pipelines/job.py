@@ -44,6 +44,9 @@ class Job:
     device_memory: str | None = None
     """Memory of each device, e.g. `24GiB`, for the plan of a dry run on another machine; without it, of this one."""
 
+    command: str = ""
+    """The command line that asked, as `diffmae status` repeats it; empty where Python did."""
+
     def __post_init__(self) -> None:
         text = (self.overrides,) if isinstance(self.overrides, str) else tuple(self.overrides)
         values = {

@@ -34,7 +34,9 @@ def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
     if not settings.data.sources:
         samples = manifests[0].splits[settings.data.split]
         need_clips(settings, samples * settings.data.repeats, max(job.nproc, distributed.ranks_from_environment()[1]))
-    return _fit_to_machine(settings, job.nproc), recipe, manifests
+    if job.device_memory is None:  # else the plan is for another machine
+        settings = _fit_to_machine(settings, job.nproc)
+    return settings, recipe, manifests
 
 
 def predict_pretrain(settings: Settings, job: Job, manifests: list[Manifest], throughput: float | None = None) -> Plan:

@@ -40,7 +40,7 @@ def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: st
     if manifest is not None and manifest.dataset == "demo":
         return "demo", "the data set is the embedded demo"
     size = "base" if device == "cuda" else "tiny"
-    because = "a GPU is present" if device == "cuda" else f"the device is {device}"
+    because = "the device is a GPU" if device == "cuda" else f"the device is {device}"
     return f"{kind}-{size}", because
 
 

@@ -77,6 +77,8 @@ def open_run(
             if finished == "refuse" and (read_status(directory) or {}).get("status") == "finished":
                 raise UsageError(f"--out {directory} already holds this run, finished; name another folder.")
             told = [str(directory), stack.enter_context(claim(directory, identity))]
+            if job.command:
+                write_status(directory, command=job.command)
         if processes is not None:
             told = processes.broadcast(told)
         assert told is not None

@@ -138,6 +138,8 @@ def shard(job: ShardJob, executor: Executor | None = None) -> ShardResult:
     if several > 0 and not options.trim:
         say("Note: some videos have spans with different labels: give --trim to cut the spans out.")
     say(f"Found {found} inputs in {source} (layout {listing.layout}, {len(listing.classes)} classes).")
+    if job.layout is None and job.dataset is None and listing.layout == "folders" and listing is not listed:
+        say("Note: each folder is taken for a class; if they are no classes, give --layout flat.")
     name = info.name if info else job.dataset or guess_dataset(listing, source)
     if info and (difference := info.difference(len(listing.classes))):
         say(f"Note: --dataset {job.dataset}: {difference}.")

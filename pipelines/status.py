@@ -45,6 +45,10 @@ class RunStatus:
     """The last loss, val_loss, val_top1; of an evaluation top1, of a render psnr_masked."""
     picture: Path | None
     """The newest one."""
+    command: str = ""
+    """The command line that started it, or continued it last; empty where Python did."""
+    weights: str = ""
+    """What it began with: `scratch`, or a folder's name; empty where the run does not say."""
 
 
 def run_status(directory: Path) -> RunStatus | None:
@@ -66,12 +70,18 @@ def run_status(directory: Path) -> RunStatus | None:
     if state.startswith("running") and total and step is not None and last.get("clips_per_s"):
         left = (total - step) * identity["settings.train"].get("batch_size", 1) / last["clips_per_s"]
     figures = {name: float(last[name]) for name in _FIGURES if isinstance(last.get(name), (int, float))}
-    for name in ("eval.json", "result.json"):
+    for name in ("eval.json", "result.json", "probe.json"):
         found = _read_json(directory / name)
         figures |= {key: float(found[key]) for key in _FIGURES if isinstance(found.get(key), (int, float))}
-    return RunStatus(
-        directory, str(identity.get("kind", "run")), state, step, total, left, figures, _newest_picture(directory)
-    )
+    kind = str(identity.get("kind", "run"))
+    protocol = (identity.get("settings.finetune") or {}).get("protocol", "finetune")
+    if kind == "finetune" and protocol != "finetune":
+        kind, step, total = f"{protocol} probe", None, None
+    info = _read_json(directory / "model.json").get("info") or {}
+    made = str(info.get("init") or _read_json(directory / "eval.json").get("checkpoint") or "")
+    weights = Path(made).name if made else ""
+    command = str(saved.get("command") or "")
+    return RunStatus(directory, kind, state, step, total, left, figures, _newest_picture(directory), command, weights)
 
 
 def list_runs(folder: Path | None = None) -> list[RunStatus]:
@@ -97,6 +107,7 @@ def print_status(runs: Sequence[RunStatus], folder: Path | None = None) -> None:
         [
             _relative(one.directory, here),
             one.kind,
+            one.weights,
             one.state,
             "" if one.step is None else f"{one.step} of {one.total or '?'}",
             "" if one.seconds_left is None else console.format_seconds(one.seconds_left),
@@ -105,10 +116,13 @@ def print_status(runs: Sequence[RunStatus], folder: Path | None = None) -> None:
         ]
         for one in runs
     ]
-    console.table(f"Runs of {here}", ["run", "stage", "state", "step", "left", "result", "picture"], rows)
+    console.table(f"Runs of {here}", ["run", "stage", "from", "state", "step", "left", "result", "picture"], rows)
     open_ends = [one for one in runs if one.state in ("killed", "stopped", "failed")]
     if open_ends:
         console.say(f"{len(open_ends)} did not end: the command that started a run continues it where it stood.")
+    for one in open_ends:
+        if one.command:
+            console.say(f"{_relative(one.directory, here)}: {one.command}")
 
 
 def _state(directory: Path, saved: str) -> str:

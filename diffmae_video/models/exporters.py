@@ -111,7 +111,7 @@ def _write_timm(model: DiffMAE | Classifier, directory: Path) -> None:
     settings, encoder = model.settings, model.encoder
     if encoder.shape[0] != 1 or getattr(model, "pool", "") == "attentive":
         raise UsageError(
-            "--format timm holds image ViTs with mean or class pooling; export a clip model as hf or onnx."
+            "--format timm holds image ViTs with mean or class pooling; export this model as safetensors or onnx."
         )
     tensors = {name: tensor for name, tensor in mae_names(model).items() if not name.startswith(("decoder", "mask_"))}
     tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].sum(2)  # an image repeats in its tubelet
@@ -161,7 +161,7 @@ def _write_hf(model: DiffMAE | Classifier, directory: Path) -> None:
         raise UsageError(
             "--format hf holds VideoMAE (square clips, positions = 'flat', no class token, a mean-pooled head or the "
             "joint decoder of objective 'mae') and ViTMAE (images with a class token and that decoder, tubelet = 1); "
-            "export this model as safetensors, timm or onnx."
+            f"export this model as safetensors{'' if video else ', timm'} or onnx."
         )
     fixed = {"encoder_norm_eps": video, "decoder_norm_eps": mae}  # transformers takes 1e-5 there, or the common one
     for name, concerned in fixed.items():

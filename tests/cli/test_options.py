@@ -448,7 +448,11 @@ TIMES = (
     r"\d+(\.\d+)?(e[+-]?\d+)? ?(ms|s|GiB|/s|clips/s|dB)\b|\b\d+[hm]\d\d[ms]\b|\d+(\.\d+)?%?(?= of the (time|peak))"
     r"|\b\d{4}-\d\d-\d\d[T ][\d:+.Z-]+|process \d+ on \S+|Ports?: \d+|127\.0\.0\.1:\d+"
 )
-MEASURED = r'"(\w*seconds\w*|\w+_s|data_wait|overhead|mfu|peak_memory|made|bytes_read|step_time|time|machine|rate)"'
+MEASURED = (
+    r'"(\w*seconds\w*|\w+_s|data_wait|overhead|mfu|peak_memory|made|bytes_read|step_time|time|machine|rate|command)"'
+)
+PROGRESS = r"(?m)^[\w -]+: \d+(/\d+)? \w+, \S+/s.*\n"
+"""A plain line of progress: there are as many as the work takes tens of seconds."""
 UNSTABLE = (".html", ".lock", ".holder", ".log")
 
 
@@ -472,7 +476,7 @@ def outcome(made: Path, words: str, place: Path) -> tuple[int, str, dict[str, st
             files[re.sub(r"profile.*", "profile", name)] = _digest(path, place)
     text = said.getvalue().replace(str(place), "").replace(str(made), "")
     shutil.rmtree(place)
-    return code, re.sub(TIMES, "#", text), files, pools
+    return code, re.sub(TIMES, "#", re.sub(PROGRESS, "", text)), files, pools
 
 
 def _noting(init: Callable[..., None], pools: list[int]) -> Callable[..., None]:
@@ -489,7 +493,7 @@ def _digest(path: Path, place: Path) -> str:
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl", ".toml", ".csv", ".md", ".txt"):
         text = content.decode().replace(str(place), "")
-        text = re.sub(MEASURED + r": (\{[^}]*\}|[^,}\]\n]+)", "", text)
+        text = re.sub(MEASURED + r': ("(?:[^"\\]|\\.)*"|\{[^}]*\}|[^,}\]\n]+)', "", text)
         content = re.sub(TIMES, "#", text).encode()
     return hashlib.sha256(content).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from diffmae_video.cli.app import run
 from diffmae_video.data.holdout import hold_out, source_video
 from diffmae_video.data.layouts import list_samples
 from diffmae_video.data.listing import Item, Listing
@@ -73,3 +74,13 @@ def test_images_are_told_from_videos(tmp_path):
     assert list_samples(tree(tmp_path / "a", images), kind="auto").kind == "image"
     assert list_samples(tree(tmp_path / "b", images | {"train/cat/x.mp4": ""}), kind="auto").kind == "video"
     assert list_samples(tree(tmp_path / "c", {"a.mp4": ""}), kind="auto").kind == "video"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [("", True), ("--layout flat", False), ("--layout folders", False), ("--dataset mine", False)]
+)
+def test_folders_that_may_be_no_classes_are_told(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / "clips", {f"c{n % 2}/{n}.mp4": "" for n in range(30)})
+    assert run(f"shard clips shards --dry-run {words}".split()) == 0
+    assert ("if they are no classes, give --layout flat" in capsys.readouterr().out) == told

@@ -90,6 +90,15 @@ def test_chain_from_scratch_to_eval(here: Path) -> None:
     assert report["checkpoint"] == str(result.directory)
 
 
+def test_another_model_than_the_pre_training_s_is_told_from_scratch(here: Path, capsys) -> None:
+    pretrained(here / "runs" / "pretrain-001")
+    job = Job(recipe="tiny.toml", device="cpu", dry_run=True)
+    finetune(job, "squares", init="scratch")
+    assert "Note: the newest" not in capsys.readouterr().out
+    finetune(job.with_(overrides=("model.size=[48, 48]",)), "squares", init="scratch")
+    assert "has model.size=[32, 32]; for a comparison with it, give the same" in capsys.readouterr().out
+
+
 def test_pretrained_encoder_is_taken_over(here: Path) -> None:
     run = pretrained(here / "runs" / "pretrain-001")
     settings = with_overrides(Settings(model=load_model(run).settings), finetune={"drop_path": 0.0})

@@ -90,3 +90,31 @@ def test_damaged_files_do_not_stop_the_list(tmp_path: Path, text: str) -> None:
     for name in ("run.json", "metrics.jsonl", "eval.json"):
         (folder / name).write_text(text)
     assert len(list_runs()) <= 1
+
+
+def test_what_did_not_end_is_told_with_its_command_and_what_it_began_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = training(tmp_path / "runs" / "finetune-001", "stopped", command="diffmae finetune --task 'my set'")
+    (begun / "model.json").write_text(json.dumps({"info": {"init": "/elsewhere/runs/pretrain-007"}}))
+    probe = training(tmp_path / "runs" / "finetune-002", "finished")
+    identity = {"kind": "finetune", "data": "x", "settings.train": {}, "settings.finetune": {"protocol": "linear"}}
+    (probe / "run.json").write_text(json.dumps({"identity": identity, "status": "finished"}))
+    (probe / "probe.json").write_text(json.dumps({"top1": 0.475}))
+    (probe / "model.json").write_text(json.dumps({"info": {"init": "scratch"}}))
+    assert run(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/finetune-001: diffmae finetune --task 'my set'" in shown
+    assert shown.count("pretrain-007") == 1
+    row = next(line for line in shown.splitlines() if "finetune-002" in line)
+    for word in ("linear probe", "scratch", "top-1 47.5%"):
+        assert word in row
+    assert " of " not in row
+
+
+def test_a_run_notes_the_command_line_that_asked(tmp_path: Path) -> None:
+    with open_run(Job(command="diffmae eval --task x"), {"kind": "eval", "data": "d"}) as held:
+        held.finish(task="x")
+    found = run_status(held.directory)
+    assert found is not None
+    assert found.command == "diffmae eval --task x"

@@ -159,7 +159,9 @@ def test_plan_for_a_device_that_is_not_here(small_shards, monkeypatch, tmp_path,
     assert plan.micro_batch < 22
     assert plan.memory_gib <= 0.9 * 4
     assert plan.micro_batch == math.ceil(22 / plan.parts)
-    assert "of 4.00 GiB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of 4.00 GiB" in said
+    assert "cores can run" not in said  # of this machine
     assert pretrain(job.with_(overrides=("train.batch_size=2",))).plan.hours is None
 
 
