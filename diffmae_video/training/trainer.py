@@ -98,7 +98,7 @@ class Trainer:
                 ) from error
         if self.distributed.main:
             self.log = RunLog(
-                self.directory, self.step, train.log_to, train.project, self.settings.model_dump(mode="json")
+                self.directory, self.step, train.log_to, train.project, self.settings.model_dump(mode="json"), self.say
             )
             run.write_status(
                 self.directory,

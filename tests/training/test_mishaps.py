@@ -16,6 +16,7 @@ import torch
 from diffmae_video.data import remote
 from diffmae_video.data.manifest import Manifest
 from diffmae_video.errors import DataError, DiffmaeError, StorageError, UsageError
+from diffmae_video.registry import loggers
 from diffmae_video.training import checkpoint, pretraining
 from diffmae_video.training import run as run_files
 from diffmae_video.training.checkpoint import fetch_from_mirror, list_checkpoints
@@ -159,6 +160,40 @@ def test_a_logger_that_is_missing_is_one_sentence(runs, tmp_path, monkeypatch, n
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match=rf"train\.log_to names {name}.*pip install 'diffmae-video\[{name}\]'"):
         runs.here(tmp_path / "run", f'train.log_to=["{name}"]')
+
+
+@pytest.mark.parametrize("fails", ["start", "metrics", "picture", "close"])
+def test_a_tracker_that_fails_is_refused_at_the_start_and_left_out_later(runs, tmp_path, monkeypatch, capsys, fails):
+    asked = []
+
+    class Server:
+        def __init__(self, run):
+            self.answer("start")
+
+        def answer(self, what):
+            asked.append(what)
+            if what == fails:
+                raise ConnectionError("no answer\nfrom the server.")
+
+        def metrics(self, step, numbers):
+            self.answer("metrics")
+
+        def picture(self, step, name, array):
+            self.answer("picture")
+
+        def close(self):
+            self.answer("close")
+
+    monkeypatch.setitem(loggers._parts, "server", Server)
+    words = ('train.log_to=["server"]', "train.log_every=1", "train.picture_every=3")
+    if fails == "start":
+        with pytest.raises(UsageError, match=r"names server, .*Error: no answer from the server\); set it up"):
+            runs.here(tmp_path / "run", *words)
+        return
+    assert runs.here(tmp_path / "run", *words).step == 10
+    assert asked.count(fails) == 1
+    assert capsys.readouterr().out.count("Warning: server gets no more of this run") == 1
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"loss"') >= 10
 
 
 def test_run_in_use_is_refused(tmp_path):
