@@ -168,9 +168,11 @@ def measure(runs: list[Path], data: str, seeds: int, *, whole: bool) -> None:
 def plan_of(seeds: int, *, whole: bool, last: bool) -> list[tuple[str, tuple[str, int, int, int]]]:
     """What is measured of a checkpoint: (mask, (sampler, steps, samples, seed)), what matters most first."""
     masks = MASKS if whole or last else MASKS[:2]
-    short = [(*pair, 1, seed) for seed in range(seeds) for pair in (CURVE + GRID if whole else CURVE)]
-    long = [*((*pair, 16, 0) for pair in MEANS), *((*pair, 1, 0) for pair in LONG)] if whole else []
-    return [(text, one) for some in (dict.fromkeys(short), long) for text in masks for one in some]
+    pairs = list(dict.fromkeys(CURVE + GRID if whole else CURVE))
+    groups = [[(*pair, 1, seed) for pair in pairs] for seed in range(seeds)]
+    if whole:
+        groups[1:1] = [[(*pair, 16, 0) for pair in MEANS], [(*pair, 1, 0) for pair in LONG]]
+    return [(text, one) for group in groups for text in masks for one in group]
 
 
 SHOWN = ("arm", "clips_seen", "mask", "sampler", "steps", "samples", "seed", "psnr", "features", "frechet")
