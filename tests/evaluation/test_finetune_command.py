@@ -250,13 +250,14 @@ def test_auto_takes_the_recipe_of_the_pretraining(
     if stage is not None:
         (here / recipe).parent.mkdir(exist_ok=True)
         (here / recipe).write_text(RECIPE + stage)
-    plan = plan_finetune(Job(device="cpu"), "squares")
+    asked = Job(device="cpu", overrides=["train.batch_size=4"])  # there are 12 clips
+    plan = plan_finetune(asked, "squares")
     assert plan.recipe == wanted
     assert (plan.settings.train.steps == 7) == (wanted == recipe)
     monkeypatch.setenv("DIFFMAE_WORKSPACE", str(here))  # from another folder the path is the workspace's
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    again = plan_finetune(Job(device="cpu"), "squares")
+    again = plan_finetune(asked, "squares")
     assert again.settings == plan.settings
 
 
