@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 from zipfile import BadZipFile
 
 from diffmae_video.errors import DataError, DiffmaeError
@@ -45,6 +48,28 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
     """Write a file in one step: readers see the old one or the new one, never half of it. Text becomes UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent or damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_holder(path: Path) -> None:
+    """Write beside a lock which process holds it."""
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+
+def read_holder(path: Path) -> str:
+    """Who holds a lock, as `write_holder` said, in words that can be shown."""
+    try:
+        return printable(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return "another process"
 
 
 def check_name(name: object, what: str, error: type[DiffmaeError] = DataError) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.metrics import PairedTest, paired_test, top_k_hits
 from diffmae_video.evaluation.predictions import Predictions, class_difference, read_predictions, write_json
+from diffmae_video.files import read_json
 from diffmae_video.pipelines import console
 from diffmae_video.rendering.report import Report
 
@@ -108,10 +108,7 @@ def print_comparison(result: CompareResult, name_a: str, name_b: str, most: int 
 
 def _tested(name: str) -> str:
     """What an evaluation's folder says that it tested; empty where it says nothing."""
-    try:
-        return str(json.loads((Path(name) / "eval.json").read_text(encoding="utf-8")).get("checkpoint") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return str(read_json(Path(name) / "eval.json").get("checkpoint") or "")
 
 
 def verdict(result: CompareResult) -> str:

@@ -22,10 +22,9 @@ from diffmae_video.pipelines.classifiers import CLIP_FACTS, FIXED_BY_WEIGHTS
 from diffmae_video.pipelines.find import find_init, find_task_shards
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.plan import Plan, check_plan, make_plan, print_plan
-from diffmae_video.pipelines.recipes import choose_recipe, planned_device
+from diffmae_video.pipelines.recipes import choose_recipe, planned_device, planned_world
 from diffmae_video.pipelines.tasks import open_task_shards
 from diffmae_video.pipelines.workspace import Workspace
-from diffmae_video.training.distributed import ranks_from_environment
 from diffmae_video.training.finetuning import freeze_first
 from diffmae_video.training.footprint import Footprint, measure_step, shapes_only
 from diffmae_video.training.hardware import parse_memory
@@ -93,7 +92,7 @@ def plan_finetune(job: Job, task: str, init: str = "auto", protocol: str | None 
         _tell_other_model(settings)
     if settings.finetune.protocol == "finetune":
         clips = training_samples(manifest, settings.data) * settings.data.repeats
-        need_clips(settings, clips, max(job.nproc, ranks_from_environment()[1]))
+        need_clips(settings, clips, planned_world(job))
     return FinetunePlan(task, source, name, settings, manifest)
 
 
@@ -224,7 +223,7 @@ def predict_plan(plan: FinetunePlan, job: Job) -> Plan:
     """
     settings, manifest, data = plan.settings, plan.manifest, plan.settings.data
     probes = settings.finetune.protocol != "finetune"
-    world, splits = max(job.nproc, ranks_from_environment()[1]), [data.split]
+    world, splits = planned_world(job), [data.split]
     samples = training_samples(manifest, data)
     if probes:
         splits.append(data.eval_split)

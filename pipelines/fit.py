@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from diffmae_video.config import Settings, load_settings, with_overrides
-from diffmae_video.config.fit_text import SECONDS, FitLength
+from diffmae_video.config.fit_text import FitLength, fit_length_on
 from diffmae_video.files import sha256_of, write_atomic
 from diffmae_video.models.diffmae import DiffMAE
 from diffmae_video.models.initial import initial_sha256, start_from
@@ -96,7 +96,7 @@ class ClipFit:
     @cached_property
     def asked_length(self) -> FitLength:
         """How long to train."""
-        return self.length or FitLength(seconds=SECONDS[self.device.type])
+        return fit_length_on(self.length, self.device.type)
 
     @cached_property
     def settings(self) -> Settings:

@@ -10,7 +10,7 @@ from diffmae_video.errors import UsageError
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.plan import Plan, check_plan, make_plan, measure, print_plan
-from diffmae_video.pipelines.recipes import planned_device, resolve_settings
+from diffmae_video.pipelines.recipes import planned_device, planned_world, resolve_settings
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training import distributed
 from diffmae_video.training.hardware import core_count, parse_memory
@@ -33,7 +33,7 @@ def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
     recipe = line.removeprefix("Recipe: ").rpartition(" (")[0]  # a path may hold spaces
     if not settings.data.sources:
         samples = manifests[0].splits[settings.data.split]
-        need_clips(settings, samples * settings.data.repeats, max(job.nproc, distributed.ranks_from_environment()[1]))
+        need_clips(settings, samples * settings.data.repeats, planned_world(job))
     if job.device_memory is None:  # else the plan is for another machine
         settings = _fit_to_machine(settings, job.nproc)
     return settings, recipe, manifests
@@ -41,7 +41,7 @@ def plan_pretrain(job: Job, kind: str) -> tuple[Settings, str, list[Manifest]]:
 
 def predict_pretrain(settings: Settings, job: Job, manifests: list[Manifest], throughput: float | None = None) -> Plan:
     """FLOPs, memory and hours, shown as a table."""
-    world = max(job.nproc, distributed.ranks_from_environment()[1])
+    world = planned_world(job)
     micro_batch_size(settings.train, world)
     samples = sum(manifest.splits.get(settings.data.split, 0) for manifest in manifests)
     size = sum(shard.bytes for m in manifests for shard in m.shards if shard.split == settings.data.split)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffmae_video.config import Settings, Stage, load_settings, with_overrides
+from diffmae_video.training.distributed import ranks_from_environment
 from diffmae_video.training.hardware import pick_device
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def planned_device(job: Job) -> torch.device:
     if job.device_memory is not None and job.device != "auto":
         return torch.device(job.device)
     return pick_device(job.device)
+
+
+def planned_world(job: Job) -> int:
+    """Processes of a job: those it will launch, or those that were launched around it."""
+    return max(job.nproc, ranks_from_environment()[1])
 
 
 def choose_recipe(stage: Stage, manifest: Manifest | None, device: str, kind: str = "video") -> tuple[str, str]:

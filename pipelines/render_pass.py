@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from diffmae_video.config import RenderSettings, Settings, load_settings, with_overrides
-from diffmae_video.config.fit_text import SECONDS, FitLength
+from diffmae_video.config.fit_text import fit_length_on
 from diffmae_video.data.sampling import stride_at
 from diffmae_video.errors import DataError, UsageError
 from diffmae_video.evaluation.image_metrics import Closeness
@@ -130,7 +130,7 @@ def plan_render(
         propagation = Propagation() if fill.looks_elsewhere else None
         ways = [] if propagation is None else ["What other frames show is taken from there."]
         if painter.fitted:
-            length = fill.fit_length or FitLength(seconds=SECONDS[pick_device(job.device).type])
+            length = fit_length_on(fill.fit_length, pick_device(job.device).type)
             ways += [f"The rest is painted by a small model that is first trained on the clip, {length}."]
         if inpainter is not None:
             ways += [

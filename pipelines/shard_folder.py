@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from diffmae_video.data.manifest import MANIFEST, TABLE
 from diffmae_video.data.remote import is_remote, join, list_files, read_file, remove
 from diffmae_video.errors import UsageError
-from diffmae_video.files import printable
+from diffmae_video.files import read_holder, write_holder
 from diffmae_video.pipelines.shard_job import PARTS, is_there, parts_of
 
 REJECTED = "rejected.jsonl"
@@ -43,13 +42,9 @@ def hold(out: str) -> Iterator[None]:
             lock.acquire(timeout=0)
             if not Path(lock.lock_file).exists():  # the run that held it has just ended and removed it
                 lock.release()
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_holder(holder)
     except Timeout:
-        try:
-            name = printable(holder.read_text(encoding="utf-8", errors="replace"))
-        except OSError:
-            name = "another process"
-        raise UsageError(f"{out} is in use by {name}; wait for it, or name another folder.") from None
+        raise UsageError(f"{out} is in use by {read_holder(holder)}; wait for it, or name another folder.") from None
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}); name another folder.") from error
     try:

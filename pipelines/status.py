@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from diffmae_video.files import read_json
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training.run import read_status
@@ -71,14 +72,14 @@ def run_status(directory: Path) -> RunStatus | None:
         left = (total - step) * identity["settings.train"].get("batch_size", 1) / last["clips_per_s"]
     figures = {name: float(last[name]) for name in _FIGURES if isinstance(last.get(name), (int, float))}
     for name in ("eval.json", "result.json", "probe.json"):
-        found = _read_json(directory / name)
+        found = read_json(directory / name)
         figures |= {key: float(found[key]) for key in _FIGURES if isinstance(found.get(key), (int, float))}
     kind = str(identity.get("kind", "run"))
     protocol = (identity.get("settings.finetune") or {}).get("protocol", "finetune")
     if kind == "finetune" and protocol != "finetune":
         kind, step, total = f"{protocol} probe", None, None
-    info = _read_json(directory / "model.json").get("info") or {}
-    made = str(info.get("init") or _read_json(directory / "eval.json").get("checkpoint") or "")
+    info = read_json(directory / "model.json").get("info") or {}
+    made = str(info.get("init") or read_json(directory / "eval.json").get("checkpoint") or "")
     weights = Path(made).name if made else ""
     command = str(saved.get("command") or "")
     return RunStatus(directory, kind, state, step, total, left, figures, _newest_picture(directory), command, weights)
@@ -162,14 +163,6 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _newest_picture(directory: Path) -> Path | None:

@@ -7,7 +7,6 @@ done. So a killed study goes on where it was: finished cells are skipped, interr
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -323,12 +321,3 @@ def write_slurm(name_or_path: str, data: Mapping[str, str], out: Path | None, de
         f"Wrote {script}: run it with `bash` on a login node; `diffmae study table {directory}` reads the results."
     )
     return script
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a cell's folder; empty where there is none yet."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

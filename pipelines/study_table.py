@@ -15,10 +15,10 @@ import torch
 from diffmae_video.config.study import Grid, Study
 from diffmae_video.evaluation.metrics import PairedTest, paired_test, top_k_hits
 from diffmae_video.evaluation.predictions import read_predictions
-from diffmae_video.files import write_atomic
+from diffmae_video.files import read_json, write_atomic
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.inpaint_report import MEAN, ONE_STEP, SAMPLE
-from diffmae_video.pipelines.study import is_done, load_study, read_json
+from diffmae_video.pipelines.study import is_done, load_study
 from diffmae_video.rendering.report import Report
 from diffmae_video.training.logging import read_metrics
 

@@ -27,6 +27,11 @@ class FitLength:
         return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
 
 
+def fit_length_on(asked: FitLength | None, device: str) -> FitLength:
+    """The length that was asked for, or what `auto` means on a kind of device, `cpu`, `cuda` or `mps`."""
+    return asked or FitLength(seconds=SECONDS[device])
+
+
 def read_fit_length(text: str) -> FitLength | None:
     """The length that a text names; None for `auto` and `off`.
 

@@ -28,8 +28,9 @@ from diffmae_video.registry import layouts
 _ALSO = {"dev": "val", "eval": "val", "evaluation": "val"}  # of lists and columns; a folder of this name may be a class
 _LISTS = SPLITS | _ALSO | {"pretrain": "train", "trainlist": "train", "testlist": "test"}
 _LIST_WORDS = {"list", "lists", "split", "splits", "video", "videos", "annotation", "annotations", "label", "labels"}
-_UNREAD = (".json", ".jsonl", ".xlsx", ".xls", ".ods")
 _LIST_WORDS |= {"file", "files", "data", "csv", "txt", "rawframes", "set"}
+_LIST_WORDS |= _LISTS.keys()
+_UNREAD = (".json", ".jsonl", ".xlsx", ".xls", ".ods")
 
 
 def list_samples(source: str, layout: str = "auto", kind: str = "video", fold: int = 1) -> Listing:
@@ -178,8 +179,8 @@ def _annotation_files(tree: Tree) -> list[str]:
 
 def _names_media(tree: Tree, name: str) -> bool:
     """Whether a file that is not read is called annotation, and lists files of the folder as far as one can see."""
-    words = [word for word in re.split(r"[^a-z]+", posixpath.basename(name).lower().rpartition(".")[0]) if word]
-    if not words or not all(word in _LISTS or word in _LIST_WORDS for word in words):
+    words = _words(name)
+    if not words or not words <= _LIST_WORDS:
         return False
     if not name.lower().endswith((".json", ".jsonl")):
         return True  # a spreadsheet
@@ -194,8 +195,12 @@ def _split_named(name: str) -> str | None:
 
 def _is_split_list(name: str) -> bool:
     """Whether the name of a file says that it lists a split, and nothing else."""
-    words = [word for word in re.split(r"[^a-z]+", posixpath.basename(name).lower().rpartition(".")[0]) if word]
-    return _split_named(name) is not None and all(word in _LISTS or word in _LIST_WORDS for word in words)
+    return _split_named(name) is not None and _words(name) <= _LIST_WORDS
+
+
+def _words(name: str) -> set[str]:
+    """Words of the name of a file, without its ending."""
+    return set(re.findall(r"[a-z]+", posixpath.basename(name).lower().rpartition(".")[0]))
 
 
 _OUTSIDE = (

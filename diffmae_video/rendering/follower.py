@@ -12,7 +12,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from diffmae_video.rendering.motion import View, neighbour_motion, spread
+from diffmae_video.rendering.motion import View, ellipse, look_up, neighbour_motion, spread
 
 SIDE = 512
 """Longer side of the frames in which an object is followed; larger ones are made smaller, masks larger again."""
@@ -90,7 +90,7 @@ class Follower:
         still = np.zeros((*after.shape, 2), np.float32)
         back = self.flow.calc(after, before, still.copy())  # where each pixel was, (H, W, 2)
         there = self.flow.calc(before, after, still)
-        returns = np.linalg.norm(back + _look_up(there, back), axis=2) < 1 + 0.05 * np.linalg.norm(back, axis=2)
+        returns = np.linalg.norm(back + look_up(there, back), axis=2) < 1 + 0.05 * np.linalg.norm(back, axis=2)
         found, lost = self._find(rgb, back, returns, np.zeros_like(moving))
         if lost != CUT and _moves(self.moving, self.hidden):
             also, why = self._find(rgb, back, returns | (moving > 0), moving)
@@ -147,14 +147,14 @@ class Follower:
             moving: what moves against the scene, float32 (H, W); 0 where that says nothing.
         """
         soft = self.hidden.astype(np.float32)
-        carried = _look_up(soft, back) > 0.5
+        carried = look_up(soft, back) > 0.5
         if carried.sum() < LEAST_AREA:
             return carried
         disc = _disc(carried)
         grown = cv2.dilate(carried.view(np.uint8), disc) > 0
         reach = disc
         if moving.any():
-            reach = _round(int(REACH * np.sqrt(carried.sum())))
+            reach = ellipse(int(REACH * np.sqrt(carried.sum())))
         box = _box(grown, 2 * len(disc) + len(reach) // 2)
         core = (cv2.erode(carried.view(np.uint8), disc, borderValue=1) > 0) & returns
         if core.sum() < LEAST_AREA:
@@ -168,11 +168,11 @@ class Follower:
         new, old = rgb[box].astype(np.float32), self.rgb.astype(np.float32)
         misses = []
         for flow in (own, other):
-            miss = np.abs(_look_up(old, flow, top, left) - new).mean(2)
+            miss = np.abs(look_up(old, flow, top, left) - new).mean(2)
             misses.append(cv2.GaussianBlur(miss, (0, 0), 1.0))
         motion = ((misses[1] - misses[0]) / MISS).clip(-1, 1)
         colour = _ratio(rgb[box], self.colours, 0.5 * (self.around + histogram(rgb, _ring(carried))))
-        before = 2 * _look_up(soft, own, top, left) - 1
+        before = 2 * look_up(soft, own, top, left) - 1
         scene = moving[box]
         # what looks like the object and like the scene may be either
         scene = np.where(scene > 0, scene, scene * (1 - np.maximum(colour, 0)))
@@ -353,20 +353,9 @@ def _shifted(values: np.ndarray, by: int, axis: int) -> np.ndarray:
     return moved
 
 
-def _look_up(values: np.ndarray, flow: np.ndarray, top: int = 0, left: int = 0) -> np.ndarray:
-    height, width = flow.shape[:2]
-    grid = np.meshgrid(np.arange(left, left + width, dtype=np.float32), np.arange(top, top + height, dtype=np.float32))
-    return cv2.remap(values, grid[0] + flow[..., 0], grid[1] + flow[..., 1], cv2.INTER_LINEAR)
-
-
 def _disc(hidden: np.ndarray) -> np.ndarray:
     """The band around the edge of a mask, as a structuring element."""
-    return _round(int(np.clip(BAND * np.sqrt(hidden.sum()), LEAST_BAND, MOST_BAND)))
-
-
-def _round(radius: int) -> np.ndarray:
-    """A disc as a structuring element."""
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    return ellipse(int(np.clip(BAND * np.sqrt(hidden.sum()), LEAST_BAND, MOST_BAND)))
 
 
 def _box(hidden: np.ndarray, room: int) -> tuple[slice, slice]:

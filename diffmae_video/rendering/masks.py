@@ -31,6 +31,7 @@ from diffmae_video.mask_text import (
 from diffmae_video.masking import make_mask
 from diffmae_video.registry import maskers
 from diffmae_video.rendering.drawn import FrameMask, read_mask_file
+from diffmae_video.rendering.motion import ellipse
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class ClipMask:
             self.parts.append(_read_track(request.track, shape))
         if not self.parts:
             raise UsageError(f"No mask was given; write --mask {FORMS}.")
-        side = 2 * request.growth + 1
-        self.kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) if request.growth else None
+        self.kernel = ellipse(request.growth) if request.growth else None
 
     def __call__(self, number: int) -> np.ndarray:
         """What is hidden in a frame: bool (H, W)."""

@@ -40,6 +40,19 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(before)
 
 
+def ellipse(radius: int) -> np.ndarray:
+    """A disc of this radius in pixels as a structuring element, uint8 (2 radius + 1, 2 radius + 1)."""
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def look_up(values: np.ndarray, flow: np.ndarray, top: int = 0, left: int = 0) -> np.ndarray:
+    """Values (H, W) or (H, W, C) at the places to which a flow (h, w, 2) of the box at `top`, `left` leads; 0 outside
+    of them."""
+    height, width = flow.shape[:2]
+    grid = np.meshgrid(np.arange(left, left + width, dtype=np.float32), np.arange(top, top + height, dtype=np.float32))
+    return cv2.remap(values, grid[0] + flow[..., 0], grid[1] + flow[..., 1], cv2.INTER_LINEAR)
+
+
 class View:
     """A frame of the window.
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from diffmae_video.rendering.frame_store import shrunk
-from diffmae_video.rendering.motion import View, neighbour_motion
+from diffmae_video.rendering.motion import View, ellipse, look_up, neighbour_motion
 
 SIDE = 320
 """Longer side of the frames that are compared."""
@@ -81,7 +81,7 @@ class Scene:
     def _measure(self, number: int) -> np.ndarray:
         frame = self._frame(number).astype(np.float32)
         known, alike = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * EDGE + 1, 2 * EDGE + 1))
+        disc = ellipse(EDGE)
         for other, shown in self._aligned(number):
             most, least = cv2.dilate(other, disc), cv2.erode(other, disc)
             miss = np.maximum(np.maximum(frame - most, least - frame), 0).mean(2)
@@ -103,8 +103,7 @@ class Scene:
         grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in self.shape[::-1])), axis=-1)
         view = cv2.perspectiveTransform(grid.reshape(1, -1, 2), motion).reshape(grid.shape) - grid
         back = self.flow.calc(two, one, np.zeros_like(flow))
-        place = grid + flow
-        returns = np.linalg.norm(flow + cv2.remap(back, place[..., 0], place[..., 1], cv2.INTER_LINEAR), axis=2) < DRIFT
+        returns = np.linalg.norm(flow + look_up(back, flow), axis=2) < DRIFT
         return returns & (np.linalg.norm(flow - view, axis=2) > DRIFT + 0.1 * np.linalg.norm(view, axis=2))
 
     def _aligned(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

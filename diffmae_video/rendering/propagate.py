@@ -56,7 +56,7 @@ class PropagateSettings:
         """Frames of this size before and after the one that is filled that are held: `window`, or as many as `memory`
         has room for, but 2 at least."""
         held = self.memory // (BYTES * height * width)
-        return max(min(self.window, 2), min(self.window, (held - 1) // 2))
+        return min(self.window, max(2, (held - 1) // 2))
 
 
 Seen = tuple[int, np.ndarray, np.ndarray, np.ndarray]

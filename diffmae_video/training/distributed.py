@@ -239,18 +239,14 @@ def _end_with_launcher() -> None:
 
 def _first_error(error: Any, folder: str) -> DiffmaeError:
     """The error of a rank that knows what happened; else what the launcher saw."""
-
-    def told(failure: Any) -> str:
-        with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
-            return str(json.load(file)["message"]["message"])
-        return str(failure.message)
-
     for name in sorted(name for name in os.listdir(folder) if name.startswith(_FAILED)):
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             kind, _, message = file.read().partition(": ")
         return getattr(errors, kind, DiffmaeError)(message)
     rank, failure = error.get_first_failure()
-    text = told(failure)
+    text = str(failure.message)
+    with contextlib.suppress(TypeError, ValueError, KeyError, OSError), open(failure.error_file, "rb") as file:
+        text = str(json.load(file)["message"]["message"])
     if failure.exitcode < 0:
         text = f"it was ended by {failure.signal_name()}"
         if failure.signal_name() == "SIGKILL":

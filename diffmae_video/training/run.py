@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from diffmae_video.errors import Stopped, UsageError
-from diffmae_video.files import printable, write_atomic
+from diffmae_video.files import read_holder, write_atomic, write_holder
 from diffmae_video.training.signals import Interruption
 
 if TYPE_CHECKING:
@@ -185,16 +183,14 @@ def lock(directory: Path) -> Iterator[None]:
         held = FileLock(directory / "run.lock")
         held.acquire(timeout=0)
     except Timeout:
-        with contextlib.suppress(OSError):
-            name = printable(holder.read_text(encoding="utf-8", errors="replace"))
-            raise UsageError(f"{directory} is in use by {name}; wait for it, or name another --out.") from None
-        raise UsageError(f"{directory} is in use by another process; wait for it, or name another --out.") from None
+        held_by = read_holder(holder)
+        raise UsageError(f"{directory} is in use by {held_by}; wait for it, or name another --out.") from None
     except OSError as error:
         raise UsageError(
             f"{directory} cannot be written ({error.strerror or error}); name another folder with --out."
         ) from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_holder(holder)
         yield
     finally:
         holder.unlink(missing_ok=True)

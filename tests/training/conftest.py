@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
-import gc
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,7 @@ from diffmae_video.pipelines.finetune import finetune
 from diffmae_video.pipelines.job import Job
 from diffmae_video.pipelines.pretrain import pretrain
 from diffmae_video.pipelines.shard import ShardJob, shard
+from tests.training.forking import exit_codes, forked, free_port
 
 SMALL = (
     "model.frames=4",
@@ -73,11 +70,7 @@ class Runs:
         **options: Any,
     ) -> list[int]:
         """Exit codes of a run (`here`, or `start`) in forked processes; `before(rank)` runs first in each."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("fork")
-        gc.collect()  # what tests before this one left may wait for threads, which a forked child does not have
+        port = free_port()
         processes = []
         for rank in range(world):
             environment = {}
@@ -90,22 +83,12 @@ class Runs:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            arguments = (environment, rank, out, overrides, before, options, start)
-            processes.append(context.Process(target=self._in_child, args=arguments))
-            processes[-1].start()
-        for process in processes:
-            process.join(300)
-        hanging = [process for process in processes if process.exitcode is None]
-        for process in hanging:
-            process.kill()
-            process.join()
-        assert not hanging, "the child hangs"
-        return [process.exitcode for process in processes]
+            processes.append(forked(self.in_child, environment, rank, out, overrides, before, options, start))
+        return exit_codes(processes, 300)
 
-    def _in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
-        gc.freeze()
+    def in_child(self, environment, rank, out, overrides, before, options, start=None) -> None:
+        """What a child of `child` does; it ends the process."""
         os.environ.update(environment)
-        faulthandler.dump_traceback_later(280)  # where it hangs is shown before the parent kills it
         code = 0
         try:
             if before is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import threading
 import time
 
@@ -20,6 +19,7 @@ from diffmae_video.training import distributed, parallel
 from diffmae_video.training.hardware import pick_device
 from diffmae_video.training.signals import stop_on_signal
 from diffmae_video.training.task import micro_batch_size
+from tests.training.forking import exit_codes, forked, free_port
 
 MODEL = ModelSettings(
     preset="nano",
@@ -98,19 +98,8 @@ def _rank(rank, port, sharding, folder):
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_processes_equal_the_double_batch(whole, sharding, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_rank, args=(rank, port, sharding, tmp_path)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-    assert [child.exitcode for child in children] == [0, 0]
+    port = free_port()
+    assert exit_codes([forked(_rank, rank, port, sharding, tmp_path) for rank in range(2)], 120) == [0, 0]
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert_close(found["gradients"], whole)
     expected = torch.cat([gradient.flatten() for gradient in whole.values()]).norm()

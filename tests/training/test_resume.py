@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from diffmae_video.errors import UsageError
+from tests.training.forking import forked
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,6 @@ def test_killed_between_the_last_checkpoint_and_its_weights(runs, tmp_path, file
 @pytest.mark.slow
 def test_thirty_random_kill_points(runs, tmp_path):
     """SIGKILL after a random time, also during a save: the run always continues, and ends like the straight one."""
-    import multiprocessing
     import time
 
     dense = ("train.checkpoint_every=1", "train.steps=40")
@@ -296,9 +296,7 @@ def test_thirty_random_kill_points(runs, tmp_path):
     for trial in range(10):
         out = tmp_path / f"run-{trial}"
         for _ in range(6):
-            context = multiprocessing.get_context("fork")
-            process = context.Process(target=runs._in_child, args=({}, 0, out, dense, None, {}))
-            process.start()
+            process = forked(runs.in_child, {}, 0, out, dense, None, {})
             time.sleep(draw.uniform(0.2, 1.5))  # the moment of the kill, not a wait for something
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
