@@ -72,6 +72,12 @@ def read_holder(path: Path) -> str:
         return "another process"
 
 
+def holder_process(path: Path) -> tuple[int, str] | None:
+    """Number and host of the process that holds a lock, as `write_holder` said; None where nothing says so."""
+    match = re.fullmatch(r"process (\d{1,20}) on (\S+)", read_holder(path).strip())
+    return None if match is None else (int(match[1]), match[2])
+
+
 def check_name(name: object, what: str, error: type[DiffmaeError] = DataError) -> str:
     """A name that somebody else chose and that becomes part of a path: one plain word, of which nothing can be made
     but a file in the folder it is meant for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from diffmae_video.files import read_json
+from diffmae_video.files import holder_process, read_json
 from diffmae_video.pipelines import console
 from diffmae_video.pipelines.workspace import Workspace
 from diffmae_video.training.run import read_status
@@ -129,19 +128,17 @@ def print_status(runs: Sequence[RunStatus], folder: Path | None = None) -> None:
 def _state(directory: Path, saved: str) -> str:
     if saved != "running":
         return saved
-    try:
-        text = (directory / "run.holder").read_text(encoding="utf-8")
-        written = (directory / "run.holder").stat().st_mtime
-    except OSError:
+    holder = directory / "run.holder"
+    process = holder_process(holder)
+    if process is None:
         return "killed"
-    match = re.fullmatch(r"process (\d+) on (\S+)", text.strip())
-    if match is None:
-        return "killed"
-    if match[2] != socket.gethostname():
-        return f"running on {match[2]}"
+    number, host = process
+    if host != socket.gethostname():
+        return f"running on {host}"
     try:
-        began = psutil.Process(int(match[1])).create_time()
-    except psutil.Error:
+        written = holder.stat().st_mtime
+        began = psutil.Process(number).create_time()
+    except (OSError, psutil.Error):
         return "killed"
     return "running" if began < written + 1 else "killed"  # the number may have gone to a younger process
 

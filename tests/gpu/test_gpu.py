@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from diffmae_video.training.hardware import autocast
 from diffmae_video.training.optim import build_optimizer
 from diffmae_video.training.parallel import parallelize
 from diffmae_video.training.pretraining import PretrainTask
+from tests.training.forking import free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,9 +137,7 @@ def test_a_group_of_one_gives_the_same_steps(sharding: str) -> None:
         return found
 
     alone = steps(False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     torch.cuda.set_device(GPU)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:

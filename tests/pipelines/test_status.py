@@ -63,6 +63,22 @@ def test_a_killed_run_is_told_from_one_that_goes_on_elsewhere(tmp_path: Path) ->
     assert run_status(younger).state == "killed"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    "holder", [b"\xff\xfe", b"", b"process on", b"process " + b"9" * 5000 + b" on here", b"process -1 on here"]
+)
+def test_a_run_whose_holder_says_nothing_usable_counts_as_killed(tmp_path: Path, holder: bytes) -> None:
+    folder = training(tmp_path / "a", "running")
+    (folder / "run.holder").write_bytes(holder)
+    assert run_status(folder).state == "killed"  # type: ignore[union-attr]
+
+
+def test_the_name_of_a_foreign_machine_reaches_no_terminal_as_it_is(tmp_path: Path) -> None:
+    found = run_status(training(tmp_path / "a", "running", "process 1 on \x1b[2Jnode"))
+    assert found is not None
+    assert found.state.startswith("running on ")
+    assert "\x1b" not in found.state
+
+
 def test_all_runs_of_a_folder_are_listed_with_those_on_record_elsewhere(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
